@@ -1,0 +1,1 @@
+"""Selection and sparse attention: parameters, operators, selectors and the decode runtime."""

@@ -1,0 +1,1 @@
+"""Score candidate keys and choose an index set."""

@@ -1,0 +1,1 @@
+"""Attention of decode queries over the kept positions only."""

@@ -1,0 +1,1 @@
+"""Prefill attention inside a window with sinks."""

@@ -1,0 +1,1 @@
+"""Hooks into transformers: cache, attention function, scoring passes and the decode loop."""

@@ -1,0 +1,157 @@
+"""Make a transformers model sparse for the length of a `with` block, and put everything back afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from prhs_kernels.errors import InputError, UnsupportedModelError, UsageError
+from prhs_kernels.params import SelectorParams
+from prhs_kernels.runtime.attention import Observer, attention_forward
+from prhs_kernels.runtime.cache import Forward, PrhsCache
+from prhs_kernels.runtime.freezing import frozen_forward
+
+IMPLEMENTATION = "prhs"
+SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Refuse by name every model whose attention the selectors were not derived for.
+
+    Raises:
+        UnsupportedModelError: with the model type or the setting that is in the way.
+    """
+    if config.model_type not in SUPPORTED_MODELS:
+        raise UnsupportedModelError(
+            f"model type '{config.model_type}' is not supported; supported are {', '.join(SUPPORTED_MODELS)}"
+        )
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap:
+        raise UnsupportedModelError(f"attention logit softcapping ({softcap}) is not supported")
+    rope = getattr(config, "rope_parameters", None) or {}
+    partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
+    if partial not in (None, 1.0):
+        raise UnsupportedModelError(f"partial rotary embedding (factor {partial}) is not supported")
+
+
+def dense_params(config: PreTrainedConfig) -> SelectorParams:
+    """Parameters of this model with every selector off."""
+    heads = config.num_attention_heads
+    return SelectorParams(
+        num_layers=config.num_hidden_layers,
+        num_qo_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
+def check_params(config: PreTrainedConfig, params: SelectorParams) -> None:
+    """Refuse parameters of another shape of model, naming the first field that differs."""
+    own = dense_params(config)
+    for field in ("num_layers", "num_qo_heads", "num_kv_heads", "head_dim"):
+        if getattr(own, field) != getattr(params, field):
+            raise InputError(
+                f"these selector parameters are for {field} = {getattr(params, field)}, "
+                f"the model has {getattr(own, field)}; calibrate this model"
+            )
+
+
+@contextlib.contextmanager
+def sparse_attention(
+    model: PreTrainedModel, params: SelectorParams, observer: Observer | None = None
+) -> Iterator[PrhsCache]:
+    """Run `model` with the selectors of `params`; give the cache to pass as `past_key_values`.
+
+    Everything that is patched is restored when the block ends, also after an exception.
+
+    Raises:
+        UnsupportedModelError: the model's attention is not one we have derived the selectors for.
+        InputError: `params` belong to a model of another shape.
+        UsageError: the model is inside another `sparse_attention` block, or is fed without our cache.
+    """
+    check_supported(model.config)
+    check_params(model.config, params)
+    if model.config._attn_implementation == IMPLEMENTATION:
+        raise UsageError("this model is already inside a sparse_attention block")
+    cache = PrhsCache(model.config, params, keep_all=observer is not None)
+    decoder = model.base_model
+    before = model.config._attn_implementation
+    with contextlib.ExitStack() as undo:
+        undo.callback(setattr, model.config, "_attn_implementation", before)
+        _register(undo)
+        for layer in decoder.layers:
+            layer.self_attn._prhs_forward = functools.partial(attention_forward, cache, observer)
+            undo.callback(delattr, layer.self_attn, "_prhs_forward")
+            if params.layer is not None:
+                layer.forward = functools.partial(frozen_forward, cache, layer, layer.forward)
+                undo.callback(delattr, layer, "forward")
+        undo.callback(
+            decoder.register_forward_pre_hook(functools.partial(_begin, cache), with_kwargs=True).remove
+        )
+        first = decoder.layers[0]
+        undo.callback(
+            first.register_forward_pre_hook(functools.partial(_keep_rope, cache), with_kwargs=True).remove
+        )
+        model.config._attn_implementation = IMPLEMENTATION
+        yield cache
+
+
+def _register(undo: contextlib.ExitStack) -> None:
+    for interface, function in ((AttentionInterface, _dispatch), (AttentionMaskInterface, sdpa_mask)):
+        if IMPLEMENTATION not in interface._global_mapping:
+            interface.register(IMPLEMENTATION, function)
+            undo.callback(interface._global_mapping.pop, IMPLEMENTATION, None)
+
+
+def _dispatch(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    forward = getattr(module, "_prhs_forward", None)
+    if forward is None or scaling is None:
+        raise UsageError("attention implementation 'prhs' only works inside a sparse_attention block")
+    return forward(module, query, key, value, attention_mask, scaling, sliding_window, **kwargs)  # type: ignore[no-any-return]
+
+
+def _begin(cache: PrhsCache, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Model pre-hook: which tokens are these, and how much padding stands before them?"""
+    if kwargs.get("past_key_values") is not cache:
+        raise UsageError(
+            "inside sparse_attention the model must get past_key_values=<the cache of the block>"
+        )
+    tokens = kwargs.get("input_ids")
+    tokens = kwargs["inputs_embeds"][..., 0] if tokens is None else tokens
+    batch, steps = tokens.shape
+    past = cache.get_seq_length()
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        padding = torch.zeros(batch, dtype=torch.long, device=tokens.device)
+    elif mask.ndim != 2:
+        raise UsageError(f"attention_mask must be [batch, tokens], got {tuple(mask.shape)}")
+    else:
+        padding = (mask == 0).sum(dim=-1)
+        if bool((mask.long().diff(dim=-1) < 0).any()):
+            raise UsageError("batches must be padded on the left")
+    is_prefill = past == 0 or (steps > 1 and not cache.treat_as_decode)
+    cache.forward = Forward(padding=padding.to(tokens.device), first_slot=past, is_prefill=is_prefill)
+
+
+def _keep_rope(
+    cache: PrhsCache, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """First layer's pre-hook: keep the rotary tables, to compare queries before RoPE."""
+    assert cache.forward is not None
+    cache.forward.cos, cache.forward.sin = kwargs["position_embeddings"]

@@ -1,0 +1,202 @@
+"""The attention function that transformers calls, and what an observer of a scoring pass gets to see."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from prhs_kernels.errors import UsageError
+from prhs_kernels.ops.sparse_decode import reference as decode
+from prhs_kernels.ops.window_prefill.reference import window_prefill
+from prhs_kernels.runtime.cache import PrhsCache
+from prhs_kernels.selectors import cis
+from prhs_kernels.selectors.base import Rows, candidates
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerObservation:
+    """One layer of a scoring pass over one unpadded sequence; `steps` decode steps, `n` positions.
+
+    query, query_pre: `[1, num_qo_heads, steps, head_dim]`, after and before RoPE.
+    keys, values: `[1, num_kv_heads, n, head_dim]`, as the sparse model uses them; key i is position i.
+    positions: `[steps]` int64 of the queries. scale: what dot products are multiplied by.
+    dense_probs: `[num_qo_heads, steps, n]` fp32, dense attention of these queries over unfrozen keys.
+    sparse_probs: the same shape, what this model attends with.
+    visible: `[steps, n]` bool, what dense attention covers.
+    kept: `[num_kv_heads, steps, n]` bool; retrieved, contested: `[num_kv_heads, steps]` bool.
+    """
+
+    layer: int
+    query: torch.Tensor
+    query_pre: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    scale: float
+    dense_probs: torch.Tensor
+    sparse_probs: torch.Tensor
+    visible: torch.Tensor
+    kept: torch.Tensor
+    retrieved: torch.Tensor
+    contested: torch.Tensor
+
+
+Observer = Callable[[LayerObservation], None]
+
+
+def unrotate(query: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Undo the rotary embedding, up to a positive factor (which no cosine sees).
+
+    Args:
+        query: `[batch, num_qo_heads, tokens, head_dim]` after RoPE; cos, sin: `[batch, tokens, head_dim]`.
+    """
+    half = query.shape[-1] // 2
+    turned = torch.cat([-query[..., half:], query[..., :half]], dim=-1)
+    return query * cos.unsqueeze(1) - turned * sin.unsqueeze(1)
+
+
+def attention_forward(
+    cache: PrhsCache,
+    observer: Observer | None,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    sliding_window: int | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer; shapes as in `transformers.AttentionInterface`, output `[batch, tokens, heads, d]`."""
+    layer = module.layer_idx
+    assert isinstance(layer, int) and cache.forward is not None
+    params = cache.params
+    steps = query.shape[2]
+    if params.is_dense and observer is None:
+        if not cache.forward.is_prefill:
+            _count_dense(cache, steps, key, sliding_window)
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return output, None
+    rows = cache.rows(steps, key.shape[2], sliding_window)
+    if cache.forward.is_prefill:
+        return _prefill(cache, module, query, key, value, attention_mask, rows, scaling, **kwargs), None
+    return _decode(cache, observer, layer, query, key, value, rows, scaling).transpose(1, 2), None
+
+
+def _count_dense(cache: PrhsCache, steps: int, key: torch.Tensor, sliding_window: int | None) -> None:
+    assert cache.forward is not None
+    last = cache.forward.first_slot + torch.arange(1, steps + 1, device=key.device)
+    seen = (last[None, :] - cache.forward.padding[:, None]).clamp(min=0)
+    if sliding_window is not None:
+        seen = seen.clamp(max=sliding_window)
+    cache.stats.add_dense(seen, key.shape[1])
+
+
+def _prefill(
+    cache: PrhsCache,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    rows: Rows,
+    scaling: float,
+    **kwargs: Any,
+) -> torch.Tensor:
+    params, layer = cache.params, module.layer_idx
+    assert isinstance(layer, int)
+    windowed = params.depth is not None and params.depth.window_fraction(layer, params.num_layers) > 0
+    whole = query.shape[2] == key.shape[2] or params.layer is None
+    if not windowed and whole:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return output
+    out = window_prefill(
+        query, key, value, lambda chunk: candidates(rows.part(chunk), params, layer), scaling
+    )
+    return out.transpose(1, 2)
+
+
+def _decode(
+    cache: PrhsCache,
+    observer: Observer | None,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: Rows,
+    scaling: float,
+) -> torch.Tensor:
+    params, forward = cache.params, cache.forward
+    assert forward is not None and forward.cos is not None and forward.sin is not None
+    visible = rows.visible()
+    allowed = candidates(rows, params, layer)
+    query_pre = unrotate(query, forward.cos, forward.sin)
+    table: list[torch.Tensor] = []
+
+    def scores() -> torch.Tensor:
+        if not table:
+            table.append(decode.grouped_scores(query, key, scaling))
+        return table[0]
+
+    selection: cis.Selection | None = None
+    if params.time is not None:
+        state = cache.selective(layer)
+        selection, state.anchor = cis.select(
+            query, query_pre, scores, allowed, rows, params, layer, state.anchor
+        )
+        kept = selection.kept
+    else:
+        kept = allowed[:, None].expand(-1, params.num_kv_heads, -1, -1)
+    cache.stats.add(kept, visible, allowed, selection, params.group_size)
+    if query.shape[2] == 1 and observer is None:
+        indices, _ = decode.kept_indices(kept.squeeze(2))
+        return decode.sparse_decode(query, key, value, indices, scaling)[0]
+    # scoring never meets padding queries; a padded row would see nothing and softmax to NaN
+    probs = scores().masked_fill(~kept.unsqueeze(2), -torch.inf).softmax(dim=-1)
+    if observer is not None:
+        if query.shape[0] != 1 or bool(rows.padding.any()):
+            raise UsageError("a scoring pass takes one unpadded sequence")
+        nothing = torch.zeros(kept.shape[1:3], dtype=torch.bool, device=kept.device)
+        flat = (query.shape[1], query.shape[2], key.shape[2])
+        observer(
+            LayerObservation(
+                layer=layer,
+                query=query,
+                query_pre=query_pre,
+                keys=key,
+                values=value,
+                positions=rows.slots,
+                scale=scaling,
+                dense_probs=_dense_probs(
+                    query, scores(), visible, cache.unfrozen_keys.get(layer), scaling
+                ).view(flat),
+                sparse_probs=probs.view(flat),
+                visible=visible[0],
+                kept=kept[0],
+                retrieved=selection.retrieved[0] if selection else nothing,
+                contested=selection.contested[0] if selection else nothing,
+            )
+        )
+    return decode.attend(probs, value)
+
+
+def _dense_probs(
+    query: torch.Tensor,
+    scores: torch.Tensor,
+    visible: torch.Tensor,
+    unfrozen: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Dense attention of the queries in use: over the keys in use, but with `unfrozen` in place of a frozen prefix."""
+    if unfrozen is not None:
+        prefix = decode.grouped_scores(query, unfrozen, scale)
+        scores = torch.cat([prefix, scores[..., prefix.shape[-1] :]], dim=-1)
+    return scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(dim=-1)

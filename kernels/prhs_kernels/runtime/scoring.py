@@ -1,0 +1,101 @@
+"""Layer-parallel scoring: a run of given tokens, each of them a decode step, layer by layer.
+
+Token t at layer l depends only on earlier layers and earlier tokens, so walking the selectors over all steps
+of a layer before going to the next gives exactly what step-by-step decoding gives (a test holds us to it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from prhs_kernels.errors import UsageError
+from prhs_kernels.params import SelectorParams
+from prhs_kernels.runtime.attach import dense_params, sparse_attention
+from prhs_kernels.runtime.attention import LayerObservation, Observer
+from prhs_kernels.runtime.cache import PrhsCache
+from prhs_kernels.runtime.stats import DecodeStats
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringResult:
+    """logits: `[steps, vocabulary]`, the prediction after each decode step. stats: what was read and kept."""
+
+    logits: torch.Tensor
+    stats: DecodeStats
+
+
+class Scorer:
+    """Teacher-forced closed-loop passes of one model over one prompt.
+
+    `tokens[:prefill_length]` are the prompt, every later token is a decode step. Runs whose depth and layer axes
+    agree share one prefill; use `prepared` to keep it between them.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens: list[int], prefill_length: int) -> None:
+        if not 0 < prefill_length < len(tokens):
+            raise UsageError(f"prefill_length = {prefill_length} must be in [1, {len(tokens) - 1}]")
+        self.model = model
+        self.tokens = torch.tensor([tokens], device=model.device)
+        self.prefill_length = prefill_length
+        self._observer: Observer | None = None
+
+    @contextlib.contextmanager
+    def prepared(self, params: SelectorParams) -> Iterator[PreparedScorer]:
+        """Prefill once with the depth and layer axes of `params`; then run any time axis on top of it."""
+        unfrozen: dict[int, torch.Tensor] = {}
+        with torch.inference_mode():
+            if params.layer is not None:
+                unfrozen = self._dense_keys(params)
+            with sparse_attention(self.model, params, self._notify) as cache:
+                cache.unfrozen_keys = unfrozen
+                self.model(
+                    input_ids=self.tokens[:, : self.prefill_length], past_key_values=cache, logits_to_keep=1
+                )
+                yield PreparedScorer(self, cache)
+
+    def run(self, params: SelectorParams, observer: Observer | None = None) -> ScoringResult:
+        """One pass: prefill, then all decode steps; `observer` gets one `LayerObservation` per layer."""
+        with self.prepared(params) as prepared:
+            return prepared.run(params, observer)
+
+    def _dense_keys(self, params: SelectorParams) -> dict[int, torch.Tensor]:
+        """Keys of an unfrozen dense prefill, for the layers that freeze."""
+        with sparse_attention(self.model, dense_params(self.model.config)) as cache:
+            self.model(
+                input_ids=self.tokens[:, : self.prefill_length], past_key_values=cache, logits_to_keep=1
+            )
+            return {
+                layer: cache.layers[layer].keys
+                for layer in range(params.num_layers)
+                if params.frozen_prefix(layer, self.prefill_length)
+            }
+
+    def _notify(self, observation: LayerObservation) -> None:
+        if self._observer is not None:
+            self._observer(observation)
+
+
+class PreparedScorer:
+    """A prefilled `Scorer`: runs that differ in the time axis only start from the same cache."""
+
+    def __init__(self, scorer: Scorer, cache: PrhsCache) -> None:
+        self._scorer, self._cache = scorer, cache
+
+    def run(self, params: SelectorParams, observer: Observer | None = None) -> ScoringResult:
+        """Decode all steps after the prefill with the time axis of `params`."""
+        scorer, cache = self._scorer, self._cache
+        if (params.depth, params.layer) != (cache.params.depth, cache.params.layer):
+            raise UsageError("depth and layer parameters differ from those of the prefill; prepare again")
+        cache.rewind(scorer.prefill_length)
+        cache.params, cache.treat_as_decode, scorer._observer = params, True, observer
+        try:
+            steps = scorer.tokens[:, scorer.prefill_length :]
+            logits = scorer.model(input_ids=steps, past_key_values=cache).logits
+        finally:
+            cache.treat_as_decode, scorer._observer = False, None
+        return ScoringResult(logits[0], cache.stats)

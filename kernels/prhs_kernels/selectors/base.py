@@ -1,0 +1,64 @@
+"""Which slots of the cache a decode step may attend to, before any selector has chosen among them.
+
+A *slot* is an index into the cache of a left-padded batch; slot `pad + p` of a row holds its position `p`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from prhs_kernels.params import SelectorParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Query rows of one layer: where they stand and what the unmodified model lets them see.
+
+    slots: `[steps]` int64, cache slot of each query (the same for every row of the batch).
+    padding: `[batch]` int64, number of left-padding slots.
+    kv_slots: number of cache slots after this update.
+    sliding_window: the model's own window in positions, or None.
+    """
+
+    slots: torch.Tensor
+    padding: torch.Tensor
+    kv_slots: int
+    sliding_window: int | None = None
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """`[batch, steps]` int64, negative on padding."""
+        return self.slots[None, :] - self.padding[:, None]
+
+    def key_positions(self) -> torch.Tensor:
+        """`[batch, kv_slots]` int64, negative on padding."""
+        return torch.arange(self.kv_slots, device=self.slots.device)[None, :] - self.padding[:, None]
+
+    def visible(self) -> torch.Tensor:
+        """What dense attention covers: `[batch, steps, kv_slots]` bool."""
+        keys, queries = self.key_positions()[:, None, :], self.positions[:, :, None]
+        mask = (keys >= 0) & (keys <= queries)
+        if self.sliding_window is not None:
+            mask &= keys > queries - self.sliding_window
+        return mask
+
+    def part(self, rows: slice) -> Rows:
+        """The same layer, some of its query rows."""
+        return dataclasses.replace(self, slots=self.slots[rows])
+
+
+def candidates(rows: Rows, params: SelectorParams, layer: int) -> torch.Tensor:
+    """What PSAW leaves of the visible positions: `[batch, steps, kv_slots]` bool (arXiv 2602.08329, PSAW).
+
+    Sinks stay, as does everything from `P_l(t)` on.
+    """
+    mask = rows.visible()
+    if params.depth is None or params.depth.window_fraction(layer, params.num_layers) == 0.0:
+        return mask
+    keys = rows.key_positions()[:, None, :]
+    start = params.window_start(layer, rows.positions.clamp(min=0)).unsqueeze(-1)
+    # the local window is never cut: with a very short context P_l(t) could otherwise reach into it
+    local = keys > rows.positions.unsqueeze(-1) - params.num_local
+    return mask & ((keys < params.num_sinks) | (keys >= start) | local)
