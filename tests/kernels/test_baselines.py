@@ -174,12 +174,13 @@ def test_rows_read_counts_scans() -> None:
 
 
 def test_uniform_size() -> None:
-    rows = make_rows(length=101, steps=3, window=30)
+    rows = make_rows(length=101, steps=3)
     assert uniform_size(rows, 1 / 8).tolist() == [[12, 12, 13]] * 2
-    assert uniform_size(rows, 1.0).tolist() == [[30, 30, 30]] * 2
+    assert uniform_size(rows, 1.0).tolist() == [[99, 100, 101]] * 2
     assert uniform_size(rows, 1e-6).tolist() == [[1, 1, 1]] * 2
+    assert uniform_size(make_rows(length=101, steps=3, window=30), 0.2).tolist() == [[6, 6, 6]] * 2
     for fraction in (0.0, 1.5):
-        with pytest.raises(InputError, match="fraction of kv_len"):
+        with pytest.raises(InputError, match="fraction of the visible"):
             uniform_size(rows, fraction)
 
 

@@ -96,12 +96,12 @@ class Baseline(Protocol):
 
 
 def uniform_size(rows: DecodeRows, fraction: float) -> torch.Tensor:
-    """The same share of `kv_len` for every head and step: `[num_kv_heads, num_steps]` int64.
+    """The same attended fraction for every head and step: `[num_kv_heads, num_steps]` int64.
 
-    At least one position (the current one), at most the visible ones. `kv_len` counts the whole sequence,
-    also where the model's own window is shorter: budgets are fractions of what a dense model would keep.
+    `fraction` is of the positions that dense attention covers: `kv_len`, or the model's own window where that
+    is shorter. At least one position, the current one.
     """
     if not 0 < fraction <= 1:
-        raise InputError(f"budget {fraction} must be a fraction of kv_len in (0, 1]")
-    size = ((rows.positions + 1).double() * fraction).round().long()
-    return size.clamp(min=1).minimum(rows.num_visible).expand(rows.num_kv_heads, -1)
+        raise InputError(f"budget {fraction} must be a fraction of the visible positions in (0, 1]")
+    size = (rows.num_visible.double() * fraction).round().long()
+    return size.clamp(min=1).expand(rows.num_kv_heads, -1)
