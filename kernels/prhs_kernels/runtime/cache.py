@@ -129,3 +129,10 @@ class PrhsCache(Cache):  # type: ignore[misc]
         tensors = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that stock attention of the same sequences would keep: every visible key and value, once."""
+        return sum(
+            layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized
+        )
