@@ -1,0 +1,1 @@
+"""The `prhs` command line: parses, calls the calibration and kernel libraries, renders."""

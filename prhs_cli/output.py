@@ -1,0 +1,182 @@
+"""Where things are printed: results on stdout, progress and notes on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from prhs_calibration.results import to_json
+from prhs_cli.errors import Interrupted
+
+if TYPE_CHECKING:  # Rich is imported when something is drawn: `prhs --help` does without
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress
+
+ProgressCallback = Callable[[str, int, int], None]
+
+
+class Output:
+    """One command's voice. `as_json`: stdout is one JSON object. `quiet`: nothing but results and errors."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+
+    def note(self, line: str) -> None:
+        """Something the user should know that is not the result, on stderr."""
+        if not self.quiet:
+            _console(sys.stderr).print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def result(self, data: Mapping[str, Any], *parts: RenderableType) -> None:
+        """The command's result: `data` with `--json`, else `parts` one below the other."""
+        if self.as_json:
+            print(to_json(data))
+            return
+        console = _console(sys.stdout)
+        for part in parts:
+            console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
+
+    def text(self, piece: str) -> None:
+        """A piece of streamed text, as it comes; nothing with `--json`."""
+        if not self.as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    @contextmanager
+    def progress(self) -> Iterator[ProgressCallback]:
+        """Yield `progress(stage, done, total)`: bars with rate and time left, or plain lines in a pipe."""
+        if self.quiet:
+            yield lambda stage, done, total: None
+        elif sys.stderr.isatty():
+            with _bars() as bars:
+                yield _BarWriter(bars)
+        else:
+            yield LineWriter()
+
+
+@contextmanager
+def interruptible(consequence: str) -> Iterator[None]:
+    """Say on Ctrl-C what became of the work, for example that no file was written."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted: {consequence}") from None
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None
+) -> RenderableType:
+    """A table in the house style; columns of numbers are right-aligned."""
+    from rich import box
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False)
+    for index, name in enumerate(columns):
+        numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
+        drawn.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(_cell(value) for value in row))
+    return drawn
+
+
+def pairs(rows: Mapping[str, object], *, title: str | None = None) -> RenderableType:
+    """Names and values below each other."""
+    from rich.table import Table
+
+    drawn = Table(
+        title=title, title_justify="left", box=None, show_header=False, title_style="bold", pad_edge=False
+    )
+    drawn.add_column(no_wrap=True)
+    drawn.add_column(overflow="fold")
+    for name, value in rows.items():
+        drawn.add_row(name, _cell(value))
+    return drawn
+
+
+class LineWriter:
+    """Progress for logs: a line when a stage begins and ends, and every ten seconds between."""
+
+    interval = 10.0  # seconds
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._started = self._printed = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._started, self._printed = stage, now, 0.0
+        finished = total > 0 and done >= total
+        if finished or now - self._printed >= self.interval:
+            self._printed = now
+            print(self._line(stage, done, total, now - self._started), file=sys.stderr, flush=True)
+
+    def _line(self, stage: str, done: int, total: int, elapsed: float) -> str:
+        line = f"{stage}: {done}/{total}" if total else f"{stage}: {done}"
+        if 0 < done < total and elapsed > 0:
+            line += f", {done / elapsed:.2g}/s, {elapsed / done * (total - done):.0f} s left"
+        elif done and elapsed >= 1:
+            line += f", {elapsed:.0f} s"
+        return line
+
+
+class _BarWriter:
+    """Progress for terminals: one Rich bar per stage."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total or None)
+        self._bars.update(self._tasks[stage], completed=done, total=total or None)
+
+
+def _bars() -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.3g}/s" if task.speed else "")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=_console(sys.stderr))
+
+
+def _console(stream: Any) -> Console:
+    """Made afresh so that a redirected stream is honoured; without a terminal Rich leaves colours out."""
+    from rich.console import Console
+
+    return Console(file=stream, width=None if stream.isatty() else 100)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _cell(value: object) -> str:
+    """Four significant digits are enough to read; the result file has all of them."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)

@@ -1,0 +1,61 @@
+"""What goes to stdout and stderr."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from prhs_cli.errors import Interrupted
+from prhs_cli.output import LineWriter, Output, interruptible, pairs, table
+
+
+def test_result_with_json_prints_only_the_object(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Output(as_json=True)
+    out.text("streamed")
+    out.result({"a": 1}, "for people")
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"a": 1}
+    assert captured.err == ""
+
+
+def test_tables_have_no_colours_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().result(
+        {}, table(["layer", "mass"], [[0, 0.123456], [11, 0.5]], title="T"), pairs({"δ": 0.02, "on": True})
+    )
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "0.1235" in printed and "0.02" in printed and "yes" in printed
+
+
+def test_notes_go_to_stderr_and_quiet_silences_them(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().note("[not markup] kept as it is")
+    Output(quiet=True).note("unwanted")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "[not markup] kept as it is\n"
+
+
+def test_progress_without_a_terminal_prints_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with Output().progress() as progress:
+        for done in range(1001):
+            progress("profile", done, 1000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("profile: 0/1000") and lines[-1].startswith("profile: 1000/1000")
+    assert len(lines) == 2
+
+
+def test_quiet_progress_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with Output(quiet=True).progress() as progress:
+        progress("profile", 1, 1)
+    assert capsys.readouterr().err == ""
+
+
+def test_line_shows_rate_and_time_left() -> None:
+    assert LineWriter()._line("scan", 10, 40, 5.0) == "scan: 10/40, 2/s, 15 s left"
+
+
+def test_interruption_says_what_became_of_the_work() -> None:
+    with pytest.raises(Interrupted, match="no bundle was written"):
+        with interruptible("no bundle was written"):
+            raise KeyboardInterrupt
