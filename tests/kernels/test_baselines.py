@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+
 from prhs_kernels.errors import InputError
 from prhs_kernels.selectors.baselines import (
     Baseline,

@@ -18,6 +18,7 @@ class OracleTopK:
     """
 
     name: str = "oracle"
+    retrieval_ratio: float = dataclasses.field(default=1.0, init=False)  # scores every key at every step
 
     def rank(self, rows: DecodeRows) -> torch.Tensor:
         """Place of every position in falling order of mass, `[num_kv_heads, num_steps, kv_len_max]` int64.

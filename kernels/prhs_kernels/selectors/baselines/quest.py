@@ -21,6 +21,9 @@ class Quest:
 
     page_size: int = 16  # positions
     name: str = "quest"
+    retrieval_ratio: float = dataclasses.field(
+        default=1.0, init=False
+    )  # scores at every step, though page summaries instead of keys
 
     def page_bounds(self, rows: DecodeRows) -> torch.Tensor:
         """Upper bound of `q . k` over the keys of each page, `[num_qo_heads, num_steps, num_pages]` float32.

@@ -88,6 +88,10 @@ class Baseline(Protocol):
     def name(self) -> str:
         """Short name in results and plots."""
 
+    @property
+    def retrieval_ratio(self) -> float:
+        """Retrievals over those of per-step top-k; what a retrieval costs is in `rows_read`."""
+
     def select(self, rows: DecodeRows, size: torch.Tensor) -> torch.Tensor:
         """Kept set `[num_kv_heads, num_steps, kv_len_max]` bool of about `size [num_kv_heads, num_steps]`."""
 

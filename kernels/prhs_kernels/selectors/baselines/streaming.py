@@ -20,6 +20,7 @@ class StreamingLLM:
 
     num_sinks: int = 4  # positions, the published setting
     name: str = "streaming"
+    retrieval_ratio: float = dataclasses.field(default=0.0, init=False)  # never scores a key
 
     def select(self, rows: DecodeRows, size: torch.Tensor) -> torch.Tensor:
         """Kept set `[num_kv_heads, num_steps, kv_len_max]` bool of exactly `min(size, visible)`."""

@@ -1,0 +1,1 @@
+"""Selectors against the oracle and against each other, at equal effective budget."""
