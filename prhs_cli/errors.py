@@ -62,8 +62,9 @@ def _parser(error: BaseException) -> bool:
 def _parser_line(error: BaseException) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "prhs"
-    message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
-    return f"{message[:1].lower()}{message[1:]}; see {command} --help"
+    message = error.format_message().replace("Value error, ", "").rstrip(".")  # type: ignore[attr-defined]
+    see = f" See {command} --help" if message.endswith("?") else f"; see {command} --help"
+    return message[:1].lower() + message[1:] + see
 
 
 def _os_line(remedy: str) -> Callable[[BaseException], str]:

@@ -1,0 +1,122 @@
+"""`prhs calibrate`: fit the selectors to a model and write a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from prhs_cli import options
+from prhs_cli.output import Output, interruptible, pairs
+
+if TYPE_CHECKING:
+    from prhs_calibration.bundle import Bundle
+    from prhs_calibration.models import LoadedModel
+
+EPILOG = """\b
+Examples:
+  prhs calibrate reference
+  prhs calibrate reference --delta 0.05 --prompts 128 -o reference.safetensors
+  prhs calibrate ./my-llama --corpus notes/ --corpus book.txt --context-length 8192
+  prhs calibrate llama-3.1-8b --dry-run"""
+
+
+def command(
+    model: options.ModelArgument,
+    delta: options.Delta = 0.02,
+    prompts: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Prompts that choose the operating point.")
+    ] = 128,
+    fit_prompts: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Prompts that fit the schedules; default by model.", show_default=False
+        ),
+    ] = None,
+    context_length: options.ContextLength = None,
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Text file or folder; may be repeated. Default: built in.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="BUNDLE", help="Default: in your data folder.", show_default=False
+        ),
+    ] = None,
+    target: Annotated[
+        Literal["expected", "high-probability"],
+        typer.Option(
+            help="What is at most δ: the expected loss, or the loss of this bundle with high probability."
+        ),
+    ] = "expected",
+    axes: Annotated[
+        str, typer.Option(metavar="A,B,…", help="Selectors to use, of time, depth and layer.")
+    ] = "time,depth,layer",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the cost in time and memory.")
+    ] = False,
+    revision: options.Revision = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Fit the selectors to MODEL and write a bundle.
+
+    Measures the model on calibration text, fits the three selectors, and picks by conformal risk control
+    the sparsest operating point whose expected dropped attention mass is at most δ on fresh prompts like these.
+    """
+    out = Output(as_json=as_json, quiet=quiet)
+    if output is not None:
+        from prhs_calibration.files import check_writable
+
+        check_writable(output)
+    from prhs_calibration import calibrate as library
+    from prhs_cli.loading import load_model
+
+    loaded = load_model(out, model, revision=revision, device=device, dtype=dtype)
+    if dry_run:
+        length = min(context_length or loaded.context_length, loaded.context_length)
+        cost = library.estimate_cost(
+            loaded.model.config, num_prompts=prompts, fit_prompts=fit_prompts, context_length=length
+        )
+        return out.result(dataclasses.asdict(cost), pairs(dataclasses.asdict(cost), title="estimated cost"))
+    path = output or _default_path(loaded, delta)
+    with interruptible("no bundle was written"), out.progress() as progress:
+        outcome = library.calibrate(
+            loaded,
+            delta=delta,
+            num_prompts=prompts,
+            fit_prompts=fit_prompts,
+            context_length=context_length,
+            sources=corpus,
+            seed=seed,
+            axes=frozenset(axis.strip() for axis in axes.split(",") if axis.strip()),
+            target=target,
+            progress=progress,
+        )
+        outcome.bundle.save(path)
+    out.result({"bundle": str(path), **outcome.summary}, *_report(path, outcome.bundle, outcome.summary))
+
+
+def _default_path(loaded: LoadedModel, delta: float) -> Path:
+    from prhs_calibration import bundle_store, files
+
+    path = bundle_store.default_path(loaded.model_id, loaded.weights_hash, delta)
+    files.check_writable(path)
+    return path
+
+
+def _report(path: Path, bundle: Bundle, summary: dict[str, Any]) -> list[Any]:
+    return [
+        pairs({key: value for key, value in summary.items() if not isinstance(value, dict | list)}),
+        f"wrote {path}",
+    ]

@@ -1,0 +1,53 @@
+"""`prhs models`: names, what is on disk, and this user's bundles."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from prhs_cli import options
+from prhs_cli.output import Output, table
+
+EPILOG = """\b
+Examples:
+  prhs models
+  prhs models --remove llama-3-8b-1a2b3c4d-delta0.02"""
+
+
+def command(
+    remove: Annotated[
+        str | None,
+        typer.Option(metavar="BUNDLE", help="Delete this bundle of yours, by name.", show_default=False),
+    ] = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """List model names, which are on this machine, and the bundles you have calibrated."""
+    out = Output(as_json=as_json, quiet=quiet)
+    from prhs_calibration import bundle_store, models
+
+    if remove is not None:
+        path = bundle_store.remove(remove)
+        return out.result({"removed": str(path)}, f"removed {path}")
+    names = models.known_models()
+    bundles = [_bundle(stored) for stored in bundle_store.list_bundles()]
+    out.result({"models": names, "bundles": bundles}, *_render(names, bundles))
+
+
+def _bundle(stored: Any) -> dict[str, Any]:
+    metadata = stored.metadata
+    facts = {"name": stored.name, "path": str(stored.path), "problem": stored.problem}
+    if metadata is not None:
+        facts |= {"model": metadata.model_id, "delta": metadata.delta, "target": metadata.target}
+    return facts
+
+
+def _render(names: list[dict[str, Any]], bundles: list[dict[str, Any]]) -> list[Any]:
+    known = table(
+        ["name", "model", "on disk"], [[m["name"], m["model"], m["on_disk"]] for m in names], title="models"
+    )
+    if not bundles:
+        return [known, "you have no bundles yet; `prhs calibrate MODEL` makes one"]
+    rows = [[b["name"], b.get("model"), b.get("delta"), b["problem"] or "usable"] for b in bundles]
+    return [known, table(["name", "model", "δ", "state"], rows, title="your bundles")]

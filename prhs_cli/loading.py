@@ -1,0 +1,63 @@
+"""The model and the bundle that a command works with; the choice is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prhs_cli.output import Output
+
+if TYPE_CHECKING:
+    from prhs_calibration.bundle import Bundle
+    from prhs_calibration.models import LoadedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Which model and bundle the user asked for, as typed."""
+
+    model: str = "reference"
+    bundle: Path | None = None
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def open(self, out: Output) -> tuple[LoadedModel, Bundle]:
+        """Load both; the bundle is checked against the model."""
+        loaded = load_model(out, self.model, revision=self.revision, device=self.device, dtype=self.dtype)
+        return loaded, choose_bundle(out, loaded, self.bundle)
+
+
+def conditions(loaded: LoadedModel, bundle: Bundle, seed: int) -> dict[str, Any]:
+    """What a result file says about how it was made."""
+    from prhs_calibration import results
+
+    return results.conditions(
+        model=loaded.model_id,
+        revision=loaded.revision,
+        bundle=bundle.path,
+        device=str(loaded.model.device),
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        seeds={"corpus": seed},
+    )
+
+
+def load_model(out: Output, name: str, *, revision: str | None, device: str, dtype: str) -> LoadedModel:
+    """Load a model by alias, hub id, folder or `reference`; errors are one line each (see `models.load`)."""
+    from prhs_calibration import models
+
+    loaded = models.load(name, revision=revision, device=device, dtype=dtype)
+    out.note(
+        f"model {loaded.model_id} on {loaded.model.device}, {str(loaded.model.dtype).removeprefix('torch.')}"
+    )
+    return loaded
+
+
+def choose_bundle(out: Output, loaded: LoadedModel, path: Path | None) -> Bundle:
+    """The given bundle, else this user's newest for the model, else the embedded one; checked to fit."""
+    from prhs_calibration import bundle_store
+
+    bundle = bundle_store.choose(path, loaded.fingerprint, loaded.weights_hash)
+    out.note(f"bundle {bundle.path}, calibrated for δ = {bundle.metadata.delta:g}")
+    return bundle

@@ -1,0 +1,124 @@
+"""Options that several commands share, with the same name, meaning and check everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _fraction(value: float | None) -> float | None:
+    if value is not None and not 0 < value < 1:  # also refuses nan
+        raise typer.BadParameter(
+            f"{value:g} is not between 0 and 1 (both excluded); 0.02 means 2 % of the mass"
+        )
+    return value
+
+
+def _temperature(value: float) -> float:
+    if not 0 <= value < float("inf"):
+        raise typer.BadParameter(f"{value:g} is not a number >= 0; 0 is greedy")
+    return value
+
+
+def _top_p(value: float) -> float:
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"{value:g} is not in (0, 1]; 1 keeps every token")
+    return value
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Alias (see `prhs models`), hub id, local folder, or `reference`, the embedded model.",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="Alias (see `prhs models`), hub id, local folder, or `reference`.",
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub model.", show_default=False)
+]
+Device = Annotated[
+    str, typer.Option(metavar="DEVICE", help="`auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:1`.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE", help="`auto` (float32 on CPU, bfloat16 on CUDA), `float32`, `bfloat16` or `float16`."
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, metavar="N", help="Seed of everything random; the same seed gives the same result."),
+]
+
+BundleArgument = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="A file that `prhs calibrate` wrote.", show_default=False)
+]
+BundleOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--bundle",
+        "-b",
+        metavar="BUNDLE",
+        help="Bundle file; without it your newest one that fits the model, else the embedded model's own.",
+        show_default=False,
+    ),
+]
+Delta = Annotated[
+    float,
+    typer.Option(
+        callback=_fraction, metavar="X", help="Dropped attention mass that may be lost on average, in (0, 1)."
+    ),
+]
+BundleDelta = Annotated[
+    float | None,
+    typer.Option(
+        callback=_fraction,
+        metavar="X",
+        help="Operate the bundle at this dropped mass; without it at the one it was calibrated for.",
+        show_default=False,
+    ),
+]
+Confidence = Annotated[
+    float, typer.Option(callback=_fraction, metavar="X", help="Confidence of the interval, in (0, 1).")
+]
+ContextLength = Annotated[
+    int | None,
+    typer.Option(
+        min=64,
+        metavar="N",
+        help="Longest prompt in tokens; without it the model's own context.",
+        show_default=False,
+    ),
+]
+Temperature = Annotated[
+    float, typer.Option(callback=_temperature, metavar="X", help="Sampling temperature; 0 is greedy.")
+]
+TopP = Annotated[
+    float,
+    typer.Option(callback=_top_p, metavar="X", help="Sample from the smallest set with this probability."),
+]
+ResultOutput = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="RESULT.json",
+        help="Result file; without it a new one in your data folder.",
+        show_default=False,
+    ),
+]
