@@ -80,33 +80,47 @@ def sparse_attention(
     if model.config._attn_implementation == IMPLEMENTATION:
         raise UsageError("this model is already inside a sparse_attention block")
     cache = PrhsCache(model.config, params, keep_all=observer is not None)
-    decoder = model.base_model
-    before = model.config._attn_implementation
+    decoder: Any = model.base_model
     with contextlib.ExitStack() as undo:
-        undo.callback(setattr, model.config, "_attn_implementation", before)
+        undo.callback(setattr, cache, "forward", None)  # the cache is of no use to the unpatched model
         _register(undo)
+        _patch(undo, model.config, "_attn_implementation", IMPLEMENTATION)
         for layer in decoder.layers:
-            layer.self_attn._prhs_forward = functools.partial(attention_forward, cache, observer)
-            undo.callback(delattr, layer.self_attn, "_prhs_forward")
+            attend = functools.partial(attention_forward, cache, observer)
+            _patch(undo, layer.self_attn, "_prhs_forward", attend)
             if params.layer is not None:
-                layer.forward = functools.partial(frozen_forward, cache, layer, layer.forward)
-                undo.callback(delattr, layer, "forward")
-        undo.callback(
-            decoder.register_forward_pre_hook(functools.partial(_begin, cache), with_kwargs=True).remove
-        )
-        first = decoder.layers[0]
-        undo.callback(
-            first.register_forward_pre_hook(functools.partial(_keep_rope, cache), with_kwargs=True).remove
-        )
-        model.config._attn_implementation = IMPLEMENTATION
+                _patch(undo, layer, "forward", functools.partial(frozen_forward, cache, layer, layer.forward))
+        for module, hook in ((decoder, _begin), (decoder.layers[0], _keep_rope)):
+            handle = module.register_forward_pre_hook(functools.partial(hook, cache), with_kwargs=True)
+            undo.callback(handle.remove)
         yield cache
 
 
+def _patch(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute; afterwards the owner has what it had: its own, its class's, or none."""
+    if name in vars(owner) or isinstance(getattr(type(owner), name, None), property):
+        undo.callback(setattr, owner, name, getattr(owner, name))
+    else:
+        undo.callback(delattr, owner, name)
+    setattr(owner, name, value)
+
+
+_open_blocks: list[contextlib.ExitStack] = []  # blocks of several models may end in any order
+
+
 def _register(undo: contextlib.ExitStack) -> None:
-    for interface, function in ((AttentionInterface, _dispatch), (AttentionMaskInterface, sdpa_mask)):
-        if IMPLEMENTATION not in interface._global_mapping:
-            interface.register(IMPLEMENTATION, function)
-            undo.callback(interface._global_mapping.pop, IMPLEMENTATION, None)
+    """Make the name known to transformers until the last open block has ended."""
+    AttentionInterface.register(IMPLEMENTATION, _dispatch)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    _open_blocks.append(undo)
+    undo.callback(_unregister, undo)
+
+
+def _unregister(undo: contextlib.ExitStack) -> None:
+    _open_blocks.remove(undo)
+    if not _open_blocks:
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            interface._global_mapping.pop(IMPLEMENTATION, None)
 
 
 def _dispatch(
@@ -127,26 +141,30 @@ def _dispatch(
 
 
 def _begin(cache: PrhsCache, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Model pre-hook: which tokens are these, and how much padding stands before them?"""
+    """Decoder pre-hook: which tokens are these, and how much padding stands before them?"""
     if kwargs.get("past_key_values") is not cache:
         raise UsageError(
             "inside sparse_attention the model must get past_key_values=<the cache of the block>"
         )
-    tokens = kwargs.get("input_ids")
-    tokens = kwargs["inputs_embeds"][..., 0] if tokens is None else tokens
-    batch, steps = tokens.shape
+    tokens = args[0] if args else kwargs.get("input_ids")
+    tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+    batch, steps = tokens.shape[:2]
     past = cache.get_seq_length()
-    mask = kwargs.get("attention_mask")
-    if mask is None:
-        padding = torch.zeros(batch, dtype=torch.long, device=tokens.device)
-    elif mask.ndim != 2:
-        raise UsageError(f"attention_mask must be [batch, tokens], got {tuple(mask.shape)}")
-    else:
-        padding = (mask == 0).sum(dim=-1)
-        if bool((mask.long().diff(dim=-1) < 0).any()):
-            raise UsageError("batches must be padded on the left")
     is_prefill = past == 0 or (steps > 1 and not cache.treat_as_decode)
+    padding = _padding(kwargs.get("attention_mask"), batch, past + steps)
     cache.forward = Forward(padding=padding.to(tokens.device), first_slot=past, is_prefill=is_prefill)
+
+
+def _padding(mask: Any, batch: int, slots: int) -> torch.Tensor:
+    """Padding slots at the left of each row, `[batch]` int64, of an attention mask over all slots so far."""
+    if mask is None:
+        return torch.zeros(batch, dtype=torch.long)
+    shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+    if shape != (batch, slots):
+        raise UsageError(f"attention_mask must be {(batch, slots)}, past tokens included; got {shape}")
+    if bool((mask.long().diff(dim=-1) < 0).any()):
+        raise UsageError("batches must be padded on the left")
+    return (mask == 0).sum(dim=-1)
 
 
 def _keep_rope(

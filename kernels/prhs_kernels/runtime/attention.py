@@ -45,6 +45,8 @@ class LayerObservation:
     contested: torch.Tensor
 
 
+PREFILL_SAMPLES = 64  # prompt rows per layer whose loss is measured in a scoring pass
+
 Observer = Callable[[LayerObservation], None]
 
 
@@ -71,7 +73,7 @@ def attention_forward(
     sliding_window: int | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer; shapes as in `transformers.AttentionInterface`, output `[batch, tokens, heads, d]`."""
+    """Attention of one layer, shapes as in `AttentionInterface`; gives `[batch, tokens, heads, head_dim]`."""
     layer = module.layer_idx
     assert isinstance(layer, int) and cache.forward is not None
     params = cache.params
@@ -85,6 +87,8 @@ def attention_forward(
         return output, None
     rows = cache.rows(steps, key.shape[2], sliding_window)
     if cache.forward.is_prefill:
+        if observer is not None:
+            _measure_prefill(cache, layer, query, key, rows, scaling)
         return _prefill(cache, module, query, key, value, attention_mask, rows, scaling, **kwargs), None
     return _decode(cache, observer, layer, query, key, value, rows, scaling).transpose(1, 2), None
 
@@ -122,6 +126,27 @@ def _prefill(
         query, key, value, lambda chunk: candidates(rows.part(chunk), params, layer), scaling
     )
     return out.transpose(1, 2)
+
+
+def _measure_prefill(
+    cache: PrhsCache, layer: int, query: torch.Tensor, key: torch.Tensor, rows: Rows, scaling: float
+) -> None:
+    """Record the loss of evenly spaced prompt rows: total variation to dense attention over unfrozen keys."""
+    unfrozen = cache.unfrozen_keys.get(layer)
+    params = cache.params
+    if unfrozen is None and (
+        params.depth is None or not params.depth.window_fraction(layer, params.num_layers)
+    ):
+        return
+    picked = (
+        torch.linspace(0, query.shape[2] - 1, min(PREFILL_SAMPLES, query.shape[2])).long().to(query.device)
+    )
+    some = dataclasses.replace(rows, slots=rows.slots[picked])
+    scores = decode.grouped_scores(query[:, :, picked], key, scaling)
+    allowed = candidates(some, params, layer)
+    dense = _dense_probs(query[:, :, picked], scores, some.visible(), unfrozen, scaling)
+    sparse = scores.masked_fill(~allowed[:, None, None], -torch.inf).softmax(dim=-1)
+    cache.prefill_dropped[layer] = (dense - sparse).clamp(min=0).sum(-1).mean(-1).flatten()
 
 
 def _decode(
@@ -195,7 +220,7 @@ def _dense_probs(
     unfrozen: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """Dense attention of the queries in use: over the keys in use, but with `unfrozen` in place of a frozen prefix."""
+    """Dense attention of the queries in use over the keys in use, but `unfrozen` ones for a frozen prefix."""
     if unfrozen is not None:
         prefix = decode.grouped_scores(query, unfrozen, scale)
         scores = torch.cat([prefix, scores[..., prefix.shape[-1] :]], dim=-1)

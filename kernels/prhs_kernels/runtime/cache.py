@@ -41,7 +41,7 @@ class FrozenPrefix:
 
 
 class SelectiveLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer: every key and value, the frozen prefix of its prefill, and the anchor of its last retrieval."""
+    """One layer: all keys and values, the frozen prefix of its prefill, the anchor of its last retrieval."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,10 +61,21 @@ class SelectiveLayer(DynamicLayer):  # type: ignore[misc]
         self.anchor = None
         super().reset()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            self.anchor = None  # it may stand on a slot that is taken back
+        super().crop(tokens_to_remove)
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         raise UsageError(
             "beam search is not supported with sparse attention; use greedy decoding or sampling"
         )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise UsageError("a sparse cache serves one batch; repeat the prompts before the prefill")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        raise UsageError("a sparse cache serves one batch; select the prompts before the prefill")
 
 
 @dataclasses.dataclass
@@ -82,23 +93,32 @@ class PrhsCache(Cache):  # type: ignore[misc]
     """Pass it as `past_key_values` inside `sparse_attention`. One cache serves one batch of sequences.
 
     With every selector off its layers are the stock ones (a sliding-window layer drops what left the window);
-    otherwise, or with `keep_all`, it keeps every position: the `audited` mode, in which all dropped mass can be
-    measured.
+    otherwise, or with `keep_all`, it keeps every position: the `audited` mode, in which all dropped mass can
+    be measured.
     """
 
     def __init__(self, config: PreTrainedConfig, params: SelectorParams, keep_all: bool = False) -> None:
+        stock = DynamicCache(config=config).layers
+        self._windows: list[int | None] = [getattr(layer, "sliding_window", None) for layer in stock]
         if params.is_dense and not keep_all:
-            layers = DynamicCache(config=config).layers
+            super().__init__(layers=stock)
         else:
-            layers = [SelectiveLayer() for _ in range(params.num_layers)]
-        super().__init__(layers=layers)
+            super().__init__(layers=[SelectiveLayer() for _ in range(params.num_layers)])
         self.params = params
         self.stats = DecodeStats()
         self.forward: Forward | None = None
         self.treat_as_decode = False  # scoring: a run of given tokens counts as decode steps
-        self.unfrozen_keys: dict[
-            int, torch.Tensor
-        ] = {}  # layer -> [1, num_kv_heads, prompt, head_dim], for audits
+        self.prefill_dropped: dict[int, torch.Tensor] = {}  # layer -> [num_qo_heads], on sampled prompt rows
+        # layer -> [1, num_kv_heads, frozen, head_dim], the frozen prefix as the dense model makes it
+        self.unfrozen_keys: dict[int, torch.Tensor] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.forward is None:
+            raise UsageError("this cache belongs to a sparse_attention block and only works inside it")
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
 
     def selective(self, layer: int) -> SelectiveLayer:
         """The layer's state; only there when a selector is on."""
@@ -116,23 +136,34 @@ class PrhsCache(Cache):  # type: ignore[misc]
     def rewind(self, length: int) -> None:
         """Forget every slot from `length` on and every anchor; for a second run over the same prefill."""
         extra = self.get_seq_length() - length
-        for layer in self.layers:
-            if extra > 0:
-                layer.crop(-extra)
-            if isinstance(layer, SelectiveLayer):
-                layer.anchor = None
+        if extra > 0:
+            self.crop(-extra)
         self.stats = DecodeStats()
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of the key and value tensors that are allocated, the whole storage of views included."""
-        tensors = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
+        tensors = [tensor for layer in self._filled() for tensor in self.keys_and_values(layer)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes that stock attention of the same sequences would keep: every visible key and value, once."""
-        return sum(
-            layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized
-        )
+        """Bytes of keys and values that the unmodified model would keep for the same tokens.
+
+        Padding included; a layer with a sliding window keeps one position less than the window.
+        """
+        total = 0
+        for layer in self._filled():
+            window, length = self._windows[layer], self.get_seq_length()
+            kept = length if window is None else min(length, window - 1)
+            total += kept * sum(tensor[:, :, :1].nbytes for tensor in self.keys_and_values(layer))
+        return total
+
+    def _filled(self) -> range:
+        return range(len(self.layers)) if self.is_initialized else range(0)
+
+    def keys_and_values(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer holds, each `[batch, num_kv_heads, slots, head_dim]`; only after a forward pass."""
+        state: Any = self.layers[layer]
+        return state.keys, state.values

@@ -31,7 +31,7 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens from `[batch, vocabulary]` logits; the generator lives on the CPU, so seeds carry over devices."""
+    """Draws tokens from `[batch, vocabulary]` logits, on the CPU: a seed means the same on every device."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling

@@ -18,12 +18,12 @@ LayerForward = Callable[..., torch.Tensor]
 
 def frozen_forward(
     cache: PrhsCache,
-    layer: torch.nn.Module,
+    layer: Any,
     forward: LayerForward,
     hidden_states: torch.Tensor,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Stand in for a decoder layer's `forward`: hidden states `[batch, tokens, hidden]` in, the same shape out."""
+    """Stand in for a decoder layer's `forward`: hidden states `[batch, tokens, hidden]` in and out."""
     now, params = cache.forward, cache.params
     assert now is not None
     index = layer.self_attn.layer_idx
@@ -51,7 +51,7 @@ def frozen_forward(
 
 def _prefix(
     cache: PrhsCache,
-    layer: torch.nn.Module,
+    layer: Any,
     index: int,
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -60,13 +60,12 @@ def _prefix(
     assert cache.params.layer is not None
     if cache.params.layer.mode is FreezeMode.SHARE:
         # the layer below holds, for each frozen token, what the last layer that computed it made
-        below = cache.selective(index - 1)
-        return below.keys, below.values
+        return cache.keys_and_values(index - 1)
     return project(layer, hidden_states, position_embeddings)
 
 
 def project(
-    layer: torch.nn.Module,
+    layer: Any,
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:

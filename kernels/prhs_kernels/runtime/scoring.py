@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from prhs_kernels.errors import UsageError
 from prhs_kernels.params import SelectorParams
-from prhs_kernels.runtime.attach import dense_params, sparse_attention
+from prhs_kernels.runtime.attach import check_params, dense_params, sparse_attention
 from prhs_kernels.runtime.attention import LayerObservation, Observer
 from prhs_kernels.runtime.cache import PrhsCache
 from prhs_kernels.runtime.stats import DecodeStats
@@ -23,17 +23,22 @@ from prhs_kernels.runtime.stats import DecodeStats
 
 @dataclasses.dataclass(frozen=True)
 class ScoringResult:
-    """logits: `[steps, vocabulary]`, the prediction after each decode step. stats: what was read and kept."""
+    """One pass over a prompt's decode steps.
+
+    logits: `[steps, vocabulary]`, the prediction after each step. stats: what was read and kept.
+    prefill_dropped: layer -> `[num_qo_heads]`, loss of sampled prompt rows; layers without one are absent.
+    """
 
     logits: torch.Tensor
     stats: DecodeStats
+    prefill_dropped: dict[int, torch.Tensor]
 
 
 class Scorer:
     """Teacher-forced closed-loop passes of one model over one prompt.
 
-    `tokens[:prefill_length]` are the prompt, every later token is a decode step. Runs whose depth and layer axes
-    agree share one prefill; use `prepared` to keep it between them.
+    `tokens[:prefill_length]` are the prompt, every later token is a decode step. Runs that differ in the time
+    axis only share one prefill; use `prepared` to keep it between them.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: list[int], prefill_length: int) -> None:
@@ -64,15 +69,16 @@ class Scorer:
             return prepared.run(params, observer)
 
     def _dense_keys(self, params: SelectorParams) -> dict[int, torch.Tensor]:
-        """Keys of an unfrozen dense prefill, for the layers that freeze."""
-        with sparse_attention(self.model, dense_params(self.model.config)) as cache:
+        """Frozen positions' keys as a dense prefill computes them, for the layers that freeze."""
+        # with an observer the cache keeps what a sliding window would drop
+        with sparse_attention(self.model, dense_params(self.model.config), self._notify) as cache:
             self.model(
                 input_ids=self.tokens[:, : self.prefill_length], past_key_values=cache, logits_to_keep=1
             )
             return {
-                layer: cache.layers[layer].keys
+                layer: cache.keys_and_values(layer)[0][:, :, :frozen].clone()
                 for layer in range(params.num_layers)
-                if params.frozen_prefix(layer, self.prefill_length)
+                if (frozen := params.frozen_prefix(layer, self.prefill_length))
             }
 
     def _notify(self, observation: LayerObservation) -> None:
@@ -89,7 +95,8 @@ class PreparedScorer:
     def run(self, params: SelectorParams, observer: Observer | None = None) -> ScoringResult:
         """Decode all steps after the prefill with the time axis of `params`."""
         scorer, cache = self._scorer, self._cache
-        if (params.depth, params.layer) != (cache.params.depth, cache.params.layer):
+        check_params(scorer.model.config, params)
+        if _prefill_settings(params) != _prefill_settings(cache.params):
             raise UsageError("depth and layer parameters differ from those of the prefill; prepare again")
         cache.rewind(scorer.prefill_length)
         cache.params, cache.treat_as_decode, scorer._observer = params, True, observer
@@ -98,4 +105,10 @@ class PreparedScorer:
             logits = scorer.model(input_ids=steps, past_key_values=cache).logits
         finally:
             cache.treat_as_decode, scorer._observer = False, None
-        return ScoringResult(logits[0], cache.stats)
+        return ScoringResult(logits[0], cache.stats, dict(cache.prefill_dropped))
+
+
+def _prefill_settings(params: SelectorParams) -> tuple[object, ...]:
+    """What of the parameters a prefill depends on."""
+    window = None if params.depth is None else (params.depth, params.num_sinks, params.num_local)
+    return window, params.layer

@@ -50,12 +50,17 @@ class DecodeStats:
         self.rows_read = self.rows_read + scanned + group * selection.gated.double().sum()
 
     def add_dense(self, visible_rows: torch.Tensor, heads: int) -> None:
-        """Record dense steps: `visible_rows` `[batch, steps]` positions that each of `heads` KV heads read."""
+        """Record dense steps: `visible_rows` `[batch, steps]` positions, read by each of `heads` KV heads."""
         total = visible_rows.double().sum() * heads
         units = visible_rows.numel() * heads
         self.units += units
         self.kept, self.visible = self.kept + total, self.visible + total
         self.fraction, self.rows_read = self.fraction + units, self.rows_read + 2 * total
+
+    def merged(self, other: DecodeStats) -> DecodeStats:
+        """Sums of two runs."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return DecodeStats(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
     @property
     def retrieval_ratio(self) -> float:

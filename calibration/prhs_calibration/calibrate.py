@@ -1,0 +1,352 @@
+"""Calibration: fit the schedules on one split, choose λ on another, write what was found into a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prhs_calibration import corpus, fit, risk
+from prhs_calibration.bundle import Bundle
+from prhs_calibration.bundle_format import BundleMetadata
+from prhs_calibration.corpus import Prompt
+from prhs_calibration.models import LoadedModel
+from prhs_calibration.profile import Progress, closed_loop_losses, observe
+from prhs_calibration.statistics import DepthStatistics, TimeStatistics
+from prhs_kernels.errors import UsageError
+from prhs_kernels.params import DepthParams, FreezeMode, LayerParams, SelectorParams, TimeParams
+from prhs_kernels.runtime.attach import dense_params
+
+AXES = ("time", "depth", "layer")
+NUM_DIAL_POINTS = 16
+LOSS_RANGE = (0.3, 0.003)  # open-loop losses between which the dial's points are spread
+AXIS_SHARE = 0.1  # of δ, what depth and layer may each cost on their own
+NUM_SINKS, NUM_LOCAL = 4, 16
+AXIS_PROMPTS = 12  # of the fit split, to check a depth or layer schedule in closed loop
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationOutcome:
+    """The bundle, and what `prhs calibrate` prints about it."""
+
+    bundle: Bundle
+    summary: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a calibration will take: tokens through the model, and bytes beyond the weights at its peak."""
+
+    prompts: int
+    prefill_tokens: int
+    decode_steps: int
+    flops: float
+    peak_bytes: int
+
+
+def fit_prompts_for(num_prompts: int) -> int:
+    """Size of the fit split when none is asked for: a quarter of the selection split, 8 to 32."""
+    return min(32, max(8, num_prompts // 4))
+
+
+def calibrate(
+    loaded: LoadedModel,
+    *,
+    delta: float,
+    num_prompts: int = 128,
+    fit_prompts: int | None = None,
+    context_length: int | None = None,
+    sources: list[Path] | None = None,
+    seed: int = 0,
+    axes: Sequence[str] | frozenset[str] = AXES,
+    target: str = "expected",
+    confidence: float = 0.95,
+    progress: Progress | None = None,
+) -> CalibrationOutcome:
+    """Calibrate a model so that the mean dropped mass of a fresh prompt is at most `delta`.
+
+    Args:
+        num_prompts: size of the selection split, on which λ is chosen; `fit_prompts` more fit the schedules.
+        context_length: tokens of the longest prompt; the model's own context by default.
+        sources: files or folders of text; the built-in corpus by default.
+        axes: which of "time", "depth", "layer" may be used.
+        target: "expected" or "high-probability" (docs/guarantees.md).
+
+    Raises:
+        UsageError: δ outside (0, 1), unknown axis, or too few prompts for this δ.
+        InputError: text that does not fill the prompts.
+    """
+    _check(delta, num_prompts, axes, target, confidence)
+    report = progress or (lambda stage, done, total: None)
+    length = min(context_length or loaded.context_length, loaded.context_length)
+    sizes = {"fit": fit_prompts or fit_prompts_for(num_prompts), "select": num_prompts}
+    report("corpus", 0, 1)
+    prompts = {
+        split: corpus.build(
+            loaded.tokenizer, count=count, context_length=length, seed=seed, split=split, sources=sources
+        )
+        for split, count in sizes.items()
+    }
+    base = dataclasses.replace(dense_params(loaded.model.config), num_sinks=NUM_SINKS, num_local=NUM_LOCAL)
+    fitted = _Fit(loaded, prompts["fit"], delta, base, report).run(axes)
+    losses = closed_loop_losses(
+        loaded.model,
+        prompts["select"],
+        fitted.settings,
+        lambda done, total: report("risk curve", done, total),
+    )
+    choice = risk.choose_dial(losses, delta, target, confidence)
+    metadata = BundleMetadata(
+        model_id=loaded.model_id,
+        revision=loaded.revision,
+        fingerprint=loaded.fingerprint,
+        weights_hash=loaded.weights_hash,
+        tokenizer_hash=loaded.tokenizer_hash,
+        corpus_hash=corpus.corpus_hash([*prompts["fit"], *prompts["select"]]),
+        seeds={"corpus": seed},
+        split_sizes={**sizes, "verify": 0},
+        context_length=length,
+        delta=delta,
+        dial_index=choice.index,
+        target=target,
+        confidence=confidence,
+        num_sinks=NUM_SINKS,
+        num_local=NUM_LOCAL,
+        freeze_mode=fitted.freeze_mode.name.lower(),
+        library_versions=_versions(),
+        report=fitted.report,
+    )
+    bundle = Bundle(metadata, {**fitted.tensors(), "risk/loss": torch.tensor(losses, dtype=torch.float32)})
+    return CalibrationOutcome(bundle, _summary(bundle, choice, fitted))
+
+
+def estimate_cost(
+    config: Any,
+    *,
+    num_prompts: int,
+    fit_prompts: int | None = None,
+    context_length: int,
+    decode_steps: int = 64,
+) -> Cost:
+    """Tokens, FLOPs and peak memory of a calibration, for `--dry-run`; counts the built-in prompts as full length.
+
+    Peak bytes: the KV cache of one prompt in bf16 and four fp32 tables of one layer's decode rows.
+    """
+    shape = dense_params(config)
+    fit_count = fit_prompts or fit_prompts_for(num_prompts)
+    passes = 2 * fit_count + 4 * AXIS_PROMPTS + num_prompts  # prefills
+    decode_passes = 2 * fit_count + 4 * AXIS_PROMPTS + num_prompts * (NUM_DIAL_POINTS - 1)
+    weights = config.num_hidden_layers * (
+        3 * config.hidden_size * config.intermediate_size
+        + config.hidden_size * shape.head_dim * (2 * shape.num_qo_heads + 2 * shape.num_kv_heads)
+    )
+    scores = 4 * shape.num_layers * shape.num_qo_heads * shape.head_dim
+    prefill, decode = passes * context_length, decode_passes * decode_steps
+    flops = 2 * weights * (prefill + decode) + scores * context_length * (prefill / 2 + decode)
+    cache = 4 * shape.num_layers * shape.num_kv_heads * shape.head_dim * context_length
+    rows = 4 * 4 * shape.num_qo_heads * decode_steps * context_length
+    return Cost(num_prompts + fit_count, prefill, decode, float(flops), cache + rows)
+
+
+@dataclasses.dataclass
+class _Fit:
+    """Everything that looks at the fit split."""
+
+    loaded: LoadedModel
+    prompts: list[Prompt]
+    delta: float
+    base: SelectorParams
+    progress: Progress
+
+    def run(self, axes: Sequence[str] | frozenset[str]) -> _Fit:
+        shape = self.base
+        self.report: dict[str, Any] = {"axes": {}}
+        self.freeze_mode = FreezeMode.SHARE
+        self.profile: dict[str, np.ndarray] = {}
+        self.schedules: dict[str, fit.Schedule] = {}
+        if "depth" in axes or "layer" in axes:
+            depth = DepthStatistics(shape.num_layers, shape.num_sinks, shape.num_local)
+            self._observe("depth profile", shape, depth.add)
+            self.profile.update(
+                window_loss=depth.window_loss, share_loss=depth.share_loss, similarity=depth.similarity
+            )
+        self.params = shape
+        if "depth" in axes:
+            self._fit_depth()
+        if "layer" in axes:
+            self._fit_layer()
+        time = TimeStatistics(shape.num_layers, shape.num_kv_heads, shape.num_sinks, shape.num_local)
+        self._observe("time profile", self.params, time.add)
+        self.profile["cosine"] = time.cosine
+        if "time" in axes:
+            self.dial = fit.fit_dial(time, self.delta, NUM_DIAL_POINTS, LOSS_RANGE)
+        else:
+            self.dial = fit.dense_dial(time)
+        return self
+
+    def _observe(self, stage: str, params: SelectorParams, observer: Any) -> None:
+        observe(
+            self.loaded.model,
+            self.prompts,
+            params,
+            [observer],
+            lambda done, total: self.progress(stage, done, total),
+        )
+
+    def _closed_loop(self, stage: str, params: SelectorParams) -> float:
+        losses = closed_loop_losses(
+            self.loaded.model,
+            self.prompts[:AXIS_PROMPTS],
+            [params],
+            lambda done, total: self.progress(stage, done, total),
+        )
+        return float(losses.mean())
+
+    def _fit_depth(self) -> None:
+        schedule = fit.fit_schedule(self.profile["window_loss"], AXIS_SHARE * self.delta)
+
+        def params(candidate: fit.Schedule) -> SelectorParams:
+            return dataclasses.replace(self.params, depth=DepthParams(candidate.start_layer, candidate.base))
+
+        self._settle("depth", schedule, params)
+
+    def _fit_layer(self) -> None:
+        schedule = fit.fit_schedule(self.profile["share_loss"], AXIS_SHARE * self.delta)
+        if schedule is not None:
+            modes = {
+                mode: self._closed_loop("layer check", self._frozen(schedule, mode)) for mode in FreezeMode
+            }
+            self.freeze_mode = min(modes, key=lambda mode: modes[mode])
+        self._settle("layer", schedule, lambda candidate: self._frozen(candidate, self.freeze_mode))
+
+    def _frozen(self, schedule: fit.Schedule, mode: FreezeMode) -> SelectorParams:
+        layer = LayerParams(schedule.start_layer, schedule.base, mode=mode)
+        return dataclasses.replace(self.params, layer=layer)
+
+    def _settle(self, axis: str, schedule: fit.Schedule | None, params: Any) -> None:
+        """Weaken a schedule until its closed-loop loss on top of the axes before it is within its share of δ."""
+        before = 0.0 if self.params.is_dense else self._closed_loop(f"{axis} check", self.params)
+        allowed = before + AXIS_SHARE * self.delta
+        while schedule is not None:
+            if schedule.fractions(self.base.num_layers).max() < fit.MIN_FRACTION:
+                schedule = None
+                break
+            loss = self._closed_loop(f"{axis} check", params(schedule))
+            if loss <= allowed:
+                break
+            schedule = schedule.weakened(0.5)
+        if schedule is None:
+            self.report["axes"][axis] = {
+                "on": False,
+                "why": f"no schedule drops {MIN_PERCENT} within its share of delta",
+            }
+            return
+        self.params = params(schedule)
+        self.schedules[axis] = schedule
+        self.report["axes"][axis] = {
+            "on": True,
+            "start_layer": schedule.start_layer,
+            "base": schedule.base,
+            "misfit": schedule.misfit,
+            "fractions": schedule.fractions(self.base.num_layers).tolist(),
+            "closed_loop_loss": loss - before,
+        }
+
+    @property
+    def settings(self) -> list[SelectorParams]:
+        """Selector parameters of every dial point; the last is dense."""
+        points = [
+            dataclasses.replace(self.params, time=self._time(index))
+            for index in range(len(self.dial.lam) - 1)
+        ]
+        return [*points, self.base]
+
+    def _time(self, index: int) -> TimeParams:
+        heads = {name.removeprefix("time/"): value for name, value in self._gates().items()}
+        ratio = torch.tensor(self.dial.budget_ratio[index], dtype=torch.float32)
+        return TimeParams(ratio, torch.zeros_like(ratio, dtype=torch.int32), **heads)
+
+    def _gates(self) -> dict[str, torch.Tensor]:
+        def table(field: str, dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor([[getattr(s, field) for s in row] for row in self.dial.setting], dtype=dtype)
+
+        return {
+            "time/gate": table("gate", torch.uint8),
+            "time/tau_cos": table("tau_cos", torch.float32),
+            "time/block": table("block", torch.int32),
+            "time/dilation": table("dilation", torch.int32),
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the bundle but the risk curve."""
+        ratio = torch.tensor(self.dial.budget_ratio, dtype=torch.float32)
+        tensors = {
+            "time/lambda": torch.tensor(self.dial.lam, dtype=torch.float32),
+            "time/budget_ratio": ratio,
+            "time/budget_tokens": torch.zeros_like(ratio, dtype=torch.int32),
+            **self._gates(),
+            "profile/predicted_loss": torch.tensor(self.dial.loss, dtype=torch.float32),
+            "profile/predicted_cost": torch.tensor(self.dial.cost, dtype=torch.float32),
+        }
+        tensors.update(
+            {f"profile/{name}": torch.tensor(value).float() for name, value in self.profile.items()}
+        )
+        for axis, schedule in self.schedules.items():
+            tensors[f"{axis}/schedule"] = torch.tensor([schedule.start_layer, schedule.base, 1.0])
+        return tensors
+
+
+MIN_PERCENT = f"{fit.MIN_FRACTION:.0%} of the positions"
+
+
+def _check(
+    delta: float, num_prompts: int, axes: Sequence[str] | frozenset[str], target: str, confidence: float
+) -> None:
+    if not 0 < delta < 1:
+        raise UsageError(f"delta = {delta} must lie between 0 and 1, both excluded")
+    unknown = sorted(set(axes) - set(AXES))
+    if unknown or not axes:
+        raise UsageError(f"axes = {', '.join(unknown) or 'none'}: choose from {', '.join(AXES)}")
+    needed = risk.prompts_needed(delta, target, confidence)
+    if num_prompts < needed:
+        raise UsageError(
+            f"{num_prompts} prompts cannot promise delta = {delta} ({target}): at least {needed} are needed; "
+            "give more prompts or a larger delta"
+        )
+
+
+def _versions() -> dict[str, str]:
+    names = ("prhs", "torch", "transformers", "numpy", "scipy", "safetensors")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return {**found, "python": platform.python_version()}
+
+
+def _summary(bundle: Bundle, choice: risk.DialChoice, fitted: _Fit) -> dict[str, Any]:
+    index = choice.index
+    sharing = [s for row in fitted.dial.setting for s in row if s.gate]
+    return {
+        "model": bundle.metadata.model_id,
+        "delta": choice.delta,
+        "target": str(choice.target),
+        "prompts": bundle.metadata.split_sizes,
+        "lambda": float(bundle.dial[index]),
+        "dial_index": index,
+        "dial_points": len(bundle.dial),
+        "risk": choice.risk,
+        "risk_bound": choice.evidence,
+        "predicted_cost": float(fitted.dial.cost[index]),
+        "heads_that_share": len(sharing),
+        "heads": sum(len(row) for row in fitted.dial.setting),
+        "axes": fitted.report["axes"],
+    }
