@@ -1,0 +1,266 @@
+"""Loading a model that the selectors understand, or saying in one line why not."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prhs_calibration import fingerprint, memory
+from prhs_calibration.files import one_line
+from prhs_calibration.hub import ALIASES, REFERENCE, Source, is_on_disk, locate, reference_folder
+from prhs_kernels.errors import InputError, PrhsError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+_HEADROOM = 1.1  # of the weights, for the tensor being copied and the first activations
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A causal language model in eval mode with its tokenizer, and what identifies both."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase  # pads on the left
+    model_id: str  # hub id, name of the local folder, or "reference"
+    revision: str  # commit hash, "local" or "embedded"
+    fingerprint: dict[str, Any]  # see fingerprint.fingerprint_of
+    weights_hash: str
+    tokenizer_hash: str
+    context_length: int  # tokens
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownModel:
+    """One line of `prhs models`."""
+
+    alias: str
+    model_id: str
+    on_disk: bool
+
+
+def load(
+    name: str,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> LoadedModel:
+    """Load a model by alias, hub id, local folder or `reference`.
+
+    `device`: None or "auto" takes CUDA when there is one. `dtype`: None or "auto" is bf16 on CUDA, fp32 on
+    the CPU. Safetensors only, no code of the repository is run, weights that do not cover the model are
+    refused. Raises UsageError for a device or dtype that cannot be meant, ResourceError when the device is
+    absent or its memory too small (asked before anything large is downloaded or read), UnsupportedModelError
+    for attention that is not ours, InputError for everything wrong with name, files or network.
+    """
+    target = resolve_device(device)
+    precision = resolve_dtype(dtype, target)
+    source = locate(name, revision)
+    with _quiet():
+        config = load_config(source)
+        _check_memory(config, source.model_id, target, precision)
+    source.fetch_weights()  # shows the bars of the hub library
+    with _quiet():
+        # before the weights are read: these take milliseconds and find truncated files
+        tokenizer_hash = fingerprint.hash_files(source.tokenizer_files())
+        weights_hash = fingerprint.hash_weights(source.weight_files())
+        tokenizer = _load_tokenizer(source)
+        model = _load_weights(source, config, target, precision)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        model_id=source.model_id,
+        revision=source.revision,
+        fingerprint=fingerprint.fingerprint_of(config),
+        weights_hash=weights_hash,
+        tokenizer_hash=tokenizer_hash,
+        context_length=int(config.max_position_embeddings),
+        device=target,
+        dtype=precision,
+    )
+
+
+def list_models() -> list[KnownModel]:
+    """The embedded model and every alias, with whether it can be loaded without a network."""
+    known = [KnownModel(REFERENCE, REFERENCE, (reference_folder() / "config.json").is_file())]
+    return known + [KnownModel(alias, model_id, is_on_disk(model_id)) for alias, model_id in ALIASES.items()]
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device meant by an option; ResourceError when this machine lacks it."""
+    if device is None or device == "auto":
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {str(device)!r}: give cpu, cuda or cuda:N") from error
+    if target.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {str(device)!r} is not supported: give cpu, cuda or cuda:N")
+    if target.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise ResourceError("device cuda was asked for, but torch sees no CUDA device here; use --device cpu")
+    index = torch.cuda.current_device() if target.index is None else target.index
+    if index >= count:
+        raise ResourceError(
+            f"device cuda:{index} was asked for, but there are {count}; use cuda:0 to cuda:{count - 1}"
+        )
+    return torch.device("cuda", index)
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The floating-point type meant by an option: bf16 on CUDA and fp32 on the CPU unless said otherwise."""
+    if dtype is None or dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise UsageError(f"unknown dtype {dtype!r}: give one of {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+    if dtype not in _DTYPES.values():
+        raise UsageError(f"dtype {dtype} is not supported: give float32, bfloat16 or float16")
+    return dtype
+
+
+def load_config(source: Source) -> PreTrainedConfig:
+    """The model's config, its attention checked: UnsupportedModelError, or InputError when it is unusable."""
+    import transformers
+
+    # the type first: for unknown architectures transformers' message speaks of running the repository's code
+    fingerprint.check_type(source.config().get("model_type"), source.model_id)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            source.folder, trust_remote_code=False, local_files_only=True
+        )
+        sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers)
+        if min(*sizes, config.max_position_embeddings) < 1:
+            raise ValueError(f"sizes must be positive, not {sizes}")
+    except Exception as error:  # the validation errors of configs have no common base
+        raise InputError(f"{source.folder / 'config.json'} is unusable: {one_line(error)}") from error
+    fingerprint.check_supported(config, source.model_id)
+    return config
+
+
+def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of a model's parameters in `dtype`, tied ones counted once; allocates nothing."""
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def _check_memory(config: PreTrainedConfig, model_id: str, device: torch.device, dtype: torch.dtype) -> None:
+    needed = int(weight_bytes(config, dtype) * _HEADROOM)
+    # the weights pass through the host on their way to a GPU
+    for place in dict.fromkeys((torch.device("cpu"), device)):
+        memory.check_memory(
+            needed, place, f"the weights of {model_id} in {str(dtype).removeprefix('torch.')}"
+        )
+
+
+def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    import transformers
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise InputError(
+            f"{source.model_id}: the tokenizer in {source.folder} cannot be loaded: {one_line(error)}"
+        ) from error
+    # decoder-only models continue at the right end of a batch; Llama and Mistral come without a padding token
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load_weights(
+    source: Source, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    import transformers
+
+    try:
+        result: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        model, info = result
+        _check_complete(source, info)
+        loaded: PreTrainedModel = model.to(device)
+    except PrhsError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ResourceError(
+            f"out of memory while loading {source.model_id} on {device}; free some, or choose a smaller model"
+        ) from error
+    except Exception as error:  # safetensors, transformers and torch raise types of their own
+        raise InputError(
+            f"{source.model_id}: the weights in {source.folder} cannot be loaded: {one_line(error)}"
+        ) from error
+    loaded.eval()
+    return loaded
+
+
+def _check_complete(source: Source, info: dict[str, Any]) -> None:
+    """Refuse what transformers only warns of: missing weights, which it fills at random, and foreign ones."""
+    # old Llama checkpoints carry a table of rotary frequencies that nothing reads any more
+    unexpected = [key for key in info["unexpected_keys"] if ".layers." in key and "rotary_emb" not in key]
+    for kind, keys in (
+        ("missing", info["missing_keys"]),
+        ("of another shape", info["mismatched_keys"]),
+        ("unknown to this architecture", unexpected),
+    ):
+        if keys:
+            first = sorted(str(key) for key in keys)[0]
+            raise InputError(
+                f"{source.model_id}: {len(keys)} weights in {source.folder} are {kind}, first {first}; "
+                "the files do not belong to this config.json"
+            )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' own bars and advice while loading: progress is the caller's to show."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_bars_off = are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # those of the hub library as well
+        if hub_bars_off:
+            disable_progress_bars()
