@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from prhs_cli import options
+from prhs_cli.loading import load_model
 from prhs_cli.output import Output, interruptible, pairs
 
 if TYPE_CHECKING:
-    from prhs_calibration.bundle import Bundle
     from prhs_calibration.models import LoadedModel
 
 EPILOG = """\b
@@ -72,7 +72,8 @@ def command(
     """Fit the selectors to MODEL and write a bundle.
 
     Measures the model on calibration text, fits the three selectors, and picks by conformal risk control
-    the sparsest operating point whose expected dropped attention mass is at most δ on fresh prompts like these.
+    the sparsest operating point whose dropped attention mass on fresh prompts like these is expected to be
+    at most δ.
     """
     out = Output(as_json=as_json, quiet=quiet)
     if output is not None:
@@ -80,15 +81,8 @@ def command(
 
         check_writable(output)
     from prhs_calibration import calibrate as library
-    from prhs_cli.loading import load_model
 
     loaded = load_model(out, model, revision=revision, device=device, dtype=dtype)
-    if dry_run:
-        length = min(context_length or loaded.context_length, loaded.context_length)
-        cost = library.estimate_cost(
-            loaded.model.config, num_prompts=prompts, fit_prompts=fit_prompts, context_length=length
-        )
-        return out.result(dataclasses.asdict(cost), pairs(dataclasses.asdict(cost), title="estimated cost"))
     path = output or _default_path(loaded, delta)
     with interruptible("no bundle was written"), out.progress() as progress:
         outcome = library.calibrate(
@@ -104,7 +98,7 @@ def command(
             progress=progress,
         )
         outcome.bundle.save(path)
-    out.result({"bundle": str(path), **outcome.summary}, *_report(path, outcome.bundle, outcome.summary))
+    out.result({"bundle": str(path), **outcome.summary}, *_render(path, outcome.summary))
 
 
 def _default_path(loaded: LoadedModel, delta: float) -> Path:
@@ -115,8 +109,36 @@ def _default_path(loaded: LoadedModel, delta: float) -> Path:
     return path
 
 
-def _report(path: Path, bundle: Bundle, summary: dict[str, Any]) -> list[Any]:
-    return [
-        pairs({key: value for key, value in summary.items() if not isinstance(value, dict | list)}),
-        f"wrote {path}",
-    ]
+def _cost(
+    name: str, revision: str | None, prompts: int, fit_prompts: int | None, context_length: int | None
+) -> dict[str, Any]:
+    """What a calibration would take, from the model's config alone."""
+    from prhs_calibration import calibrate, hub, models
+
+    config = models.load_config(hub.locate(name, revision))
+    length = min(context_length or config.max_position_embeddings, config.max_position_embeddings)
+    cost = calibrate.estimate_cost(
+        config, num_prompts=prompts, fit_prompts=fit_prompts, context_length=length
+    )
+    return dataclasses.asdict(cost)
+
+
+def _render(path: Path, summary: dict[str, Any]) -> list[Any]:
+    axes = {f"{axis} axis": _axis(found) for axis, found in summary["axes"].items()}
+    facts = {
+        "model": summary["model"],
+        "promise": f"dropped mass at most δ = {summary['delta']:g} ({summary['target']})",
+        "prompts": ", ".join(f"{split} {count}" for split, count in summary["prompts"].items()),
+        "operating point": f"λ = {summary['lambda']:.4g} (point {summary['dial_index'] + 1} of "
+        f"{summary['dial_points']}), mean loss {summary['risk']:.4g}",
+        **axes,
+        "heads that share sets": f"{summary['heads_that_share']} of {summary['heads']}",
+        "KV bytes read / dense": f"{summary['predicted_cost']:.4g} predicted, scans included",
+    }
+    return [pairs(facts), f"wrote {path}"]
+
+
+def _axis(found: dict[str, Any]) -> str:
+    if not found["on"]:
+        return f"off: {found['why']}"
+    return f"on from layer {found['start_layer']}, base {found['base']:.4g}, misfit {found['misfit']:.3g}"

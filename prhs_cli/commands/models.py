@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any
 
 import typer
@@ -30,7 +31,7 @@ def command(
     if remove is not None:
         path = bundle_store.remove(remove)
         return out.result({"removed": str(path)}, f"removed {path}")
-    names = models.known_models()
+    names = [dataclasses.asdict(known) for known in models.list_models()]
     bundles = [_bundle(stored) for stored in bundle_store.list_bundles()]
     out.result({"models": names, "bundles": bundles}, *_render(names, bundles))
 
@@ -44,10 +45,9 @@ def _bundle(stored: Any) -> dict[str, Any]:
 
 
 def _render(names: list[dict[str, Any]], bundles: list[dict[str, Any]]) -> list[Any]:
-    known = table(
-        ["name", "model", "on disk"], [[m["name"], m["model"], m["on_disk"]] for m in names], title="models"
-    )
+    rows = [[known["alias"], known["model_id"], known["on_disk"]] for known in names]
+    known_models = table(["name", "model", "on disk"], rows, title="models")
     if not bundles:
-        return [known, "you have no bundles yet; `prhs calibrate MODEL` makes one"]
+        return [known_models, "you have no bundles yet; `prhs calibrate MODEL` makes one"]
     rows = [[b["name"], b.get("model"), b.get("delta"), b["problem"] or "usable"] for b in bundles]
-    return [known, table(["name", "model", "δ", "state"], rows, title="your bundles")]
+    return [known_models, table(["name", "model", "δ", "state"], rows, title="your bundles")]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prhs_cli import errors, options
 from prhs_cli.loading import Source, conditions
-from prhs_cli.output import Output, interruptible, pairs
+from prhs_cli.output import Output, interruptible, pairs, table
 
 if TYPE_CHECKING:
     from prhs_calibration.verify import VerificationReport
@@ -17,7 +18,7 @@ KIND = "bound"
 EPILOG = """\b
 Examples:
   prhs verify-bound
-  prhs verify-bound --delta 0.02 --prompts 64 --confidence 0.99
+  prhs verify-bound --delta 0.02 --prompts 640 --confidence 0.99
   prhs verify-bound --model ./my-llama --bundle mine.safetensors --strict
 \b
 Exit codes: 0 held, or undecided without --strict; 1 violated, or undecided with --strict."""
@@ -27,7 +28,7 @@ def command(
     delta: options.BundleDelta = None,
     bundle: options.BundleOption = None,
     model: options.Model = "reference",
-    prompts: Annotated[int, typer.Option(min=2, metavar="N", help="Prompts of the held-out split.")] = 32,
+    prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts of the held-out split.")] = 320,
     confidence: options.Confidence = 0.95,
     output: options.ResultOutput = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when the prompts cannot decide.")] = False,
@@ -61,11 +62,73 @@ def command(
         )
     made, data = conditions(loaded, chosen, seed), report.to_dict()
     results.write_result(path, KIND, made, data)
-    out.result(results.envelope(KIND, made, data), *_report(report), f"wrote {path}")
+    out.result(results.envelope(KIND, made, data), *_render(data), f"wrote {path}")
+    if report.case is not None:
+        out.note(f"a theorem failed numerically, which is a bug: please report {_save_case(path, report)}")
     if report.verdict == "violated" or (strict and report.verdict == "undecided"):
         raise typer.Exit(errors.VIOLATED)
 
 
-def _report(report: VerificationReport) -> list[Any]:
-    facts = {key: value for key, value in report.to_dict().items() if not isinstance(value, dict | list)}
-    return [pairs(facts), f"verdict: {report.verdict}"]
+def _save_case(path: Path, report: VerificationReport) -> Path:
+    """The rows on which a theorem failed, beside the result file."""
+    import safetensors.torch
+
+    from prhs_calibration.files import atomic_write
+
+    case = path.with_suffix(".case.safetensors")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in (report.case or {}).items()}
+    atomic_write(case, safetensors.torch.save(tensors))
+    return case
+
+
+def _render(data: dict[str, Any]) -> list[Any]:
+    decision, layer, head = data["decision"], data["worst_layer"], data["worst_head"]
+    facts = {
+        "dropped mass": f"{decision['mean']:.4g}, at least {decision['lower']:.4g} and at most "
+        f"{decision['upper']:.4g} with confidence {decision['confidence']:g} each",
+        "asked": f"δ = {data['delta']:g} at λ = {data['lambda']:.4g}",
+        "measured on": f"{decision['num_prompts']} held-out prompts, {data['decode_steps']} decode steps, "
+        f"{data['loop']} loop",
+        "worst head": f"layer {layer}, head {head}: {data['worst_dropped_mass']:.4g}",
+        "mean over sparse layers": data["mean_over_sparse_layers"],
+        "Fano bound at δ": f"{data['fano_of_delta']:.4g} nats",
+        "output distribution": f"total variation {data['output_tv']:.4g} on {data['output_prompts']} prompts",
+        "retrieval ratio ρ": data["stats"]["retrieval_ratio"],
+        "effective budget": f"{data['stats']['effective_budget']:.4g} positions",
+        "attended fraction": data["stats"]["attended_fraction"],
+        "KV bytes read / dense": f"{data['stats']['kv_bytes_read']:.4g}, scans included",
+        "theorems checked": "all hold" if not data["violations"] else f"{len(data['violations'])} FAILED",
+    }
+    return [_layers(data), pairs(facts), _verdict(data)]
+
+
+def _layers(data: dict[str, Any]) -> Any:
+    """One row per layer: means over its query heads, and its worst head."""
+    columns = [
+        "layer",
+        "dropped",
+        "worst head",
+        "MI dense",
+        "MI sparse",
+        "|ΔMI|",
+        "Fano",
+        "marginal",
+        "prefill",
+    ]
+    names = ("dropped_mass", "information_dense", "information_sparse", "information_gap", "fano", "marginal")
+    rows = []
+    for layer, dropped in enumerate(data["dropped_mass"]):
+        means = [sum(data[name][layer]) / len(data[name][layer]) for name in names]
+        rows.append([layer, means[0], max(dropped), *means[1:], data["prefill_dropped"][layer]])
+    return table(columns, rows, title="dropped mass, and mutual information with its bounds in nats")
+
+
+def _verdict(data: dict[str, Any]) -> str:
+    decision = data["decision"]
+    line = f"{data['verdict']}: dropped mass {decision['mean']:.4g} against δ = {data['delta']:g}"
+    if data["verdict"] != "undecided":
+        return line
+    needed = decision["prompts_to_decide"]
+    return f"{line}; " + (
+        f"about {needed} prompts would decide" if needed else "too close for any number of prompts"
+    )
