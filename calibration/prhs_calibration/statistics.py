@@ -121,7 +121,7 @@ class TimeStatistics:
                 )
             retained = torch.matmul(in_window, chosen.to(mass.dtype).transpose(1, 2))
             losses.append((1.0 - always[..., None] - recent - retained).clamp(min=0.0))
-            kepts.append((fixed + chosen.sum(-1)[:, None, :]) / seen[:, None])
+            kepts.append((fixed + chosen.sum(-1)[:, None, :]).double() / seen[:, None])
         shape = (2, len(BUDGET_RATIOS), num_heads, steps, steps)
         return torch.stack(losses).view(shape).cpu().numpy(), torch.stack(kepts).view(shape).cpu().numpy()
 
