@@ -134,7 +134,8 @@ def estimate_cost(
     context_length: int,
     decode_steps: int = 64,
 ) -> Cost:
-    """Tokens, FLOPs and peak memory of a calibration, for `--dry-run`; counts the built-in prompts as full length.
+    """Tokens, FLOPs and peak memory of a calibration, for `--dry-run`; counts the built-in prompts as full
+    length.
 
     Peak bytes: the KV cache of one prompt in bf16 and four fp32 tables of one layer's decode rows.
     """
@@ -230,7 +231,8 @@ class _Fit:
         return dataclasses.replace(self.params, layer=layer)
 
     def _settle(self, axis: str, schedule: fit.Schedule | None, params: Any) -> None:
-        """Weaken a schedule until its closed-loop loss on top of the axes before it is within its share of δ."""
+        """Weaken a schedule until its closed-loop loss on top of the axes before it is within its share of
+        δ."""
         before = 0.0 if self.params.is_dense else self._closed_loop(f"{axis} check", self.params)
         allowed = before + AXIS_SHARE * self.delta
         while schedule is not None:

@@ -1,4 +1,5 @@
-"""Statistics -> schedules: the paper's depth and layer curves by least squares, budgets per head by the price of loss.
+"""Statistics -> schedules: the paper's depth and layer curves by least squares, budgets per head by the price
+of loss.
 
 Everything here looks at the fit split only; choosing λ on another split is `risk.py`'s business.
 """
@@ -19,8 +20,8 @@ MIN_FRACTION = 0.02  # a schedule that drops less than this everywhere is not wo
 class Schedule:
     """A fitted schedule `1 - base ** ((l - start_layer) / (L - start_layer))`; the exponent stays 1.
 
-    target: `[L]`, the largest fraction each layer tolerates; misfit: largest absolute difference to the curve from
-    `start_layer` on. Only `base ** power` is identified, so the power is fixed at 1.
+    target: `[L]`, the largest fraction each layer tolerates; misfit: largest absolute difference to the curve
+    from `start_layer` on. Only `base ** power` is identified, so the power is fixed at 1.
     """
 
     start_layer: int
@@ -44,7 +45,8 @@ def curve(layers: np.ndarray, start_layer: int, num_layers: int, base: float) ->
 
 
 def tolerated_fractions(loss: np.ndarray, tolerance: float) -> np.ndarray:
-    """Largest fraction per layer whose loss stays within `tolerance`, interpolated: `[L]` from `[L, fractions]`."""
+    """Largest fraction per layer whose loss stays within `tolerance`, interpolated: `[L]` from `[L,
+    fractions]`."""
     running = np.maximum.accumulate(
         loss, axis=1
     )  # measured losses may wiggle; a schedule must not rely on a dip
@@ -64,15 +66,16 @@ def _crossing(row: np.ndarray, tolerance: float) -> float:
 
 
 def fit_schedule(loss: np.ndarray, tolerance: float, first_layer: int = 1) -> Schedule | None:
-    """Fit the schedule whose mean loss over all layers stays within `tolerance`; None when it drops next to nothing.
+    """Fit the schedule whose mean loss over all layers stays within `tolerance`; None when it drops next to
+    nothing.
 
     Args:
         loss: `[L, fractions]`, mean loss of one layer alone at each of `FRACTIONS`.
         first_layer: the lowest `start_layer` to try; layer 0 has no layer below.
 
-    The paper's curve rises with depth; layers do not have to. For every start layer the curve is fitted to the tolerated
-    fractions of the layers above it, then weakened until the loss it would cost is within the tolerance, and the
-    start layer that drops most is kept.
+    The paper's curve rises with depth; layers do not have to. For every start layer the curve is fitted to
+    the tolerated fractions of the layers above it, then weakened until the loss it would cost is within the
+    tolerance, and the start layer that drops most is kept.
     """
     num_layers = loss.shape[0]
     target = tolerated_fractions(loss, tolerance * num_layers / max(num_layers - first_layer, 1))
@@ -109,9 +112,10 @@ def predicted_loss(schedule: Schedule, loss: np.ndarray) -> float:
 class Dial:
     """The family of budgets along λ with one gate setting per head.
 
-    lam: `[G]` increasing, mean budget ratio, the last is 1 (dense); budget_ratio: `[G, L, H]` nondecreasing in G.
-    setting: `[L][H]` the gate of each head; loss, cost: `[G]` predicted on the fit split, open loop: mean dropped
-    mass, and KV rows read as a fraction of dense (scans included).
+    lam: `[G]` increasing, mean budget ratio, the last is 1 (dense); budget_ratio: `[G, L, H]` nondecreasing
+    in G.
+    setting: `[L][H]` the gate of each head; loss, cost: `[G]` predicted on the fit split, open loop: mean
+    dropped mass, and KV rows read as a fraction of dense (scans included).
     """
 
     lam: np.ndarray
@@ -122,7 +126,8 @@ class Dial:
 
 
 def read_cost(kept: np.ndarray, retrieval_ratio: np.ndarray) -> np.ndarray:
-    """KV rows read as a fraction of dense: K and V of the kept positions, and K of all positions per retrieval.
+    """KV rows read as a fraction of dense: K and V of the kept positions, and K of all positions per
+    retrieval.
 
     `kept` `[settings, ratios, L, H]`, `retrieval_ratio` `[settings, L, H]`; a dense head needs no scan.
     """
@@ -134,10 +139,12 @@ def read_cost(kept: np.ndarray, retrieval_ratio: np.ndarray) -> np.ndarray:
 def fit_dial(
     statistics: TimeStatistics, delta: float, num_points: int, loss_range: tuple[float, float]
 ) -> Dial:
-    """Choose a gate per head, then budgets that read fewest bytes at every loss between the two of `loss_range`.
+    """Choose a gate per head, then budgets that read fewest bytes at every loss between the two of
+    `loss_range`.
 
-    Every head's (cost, loss) points have a lower convex hull; at a price μ of loss each head takes the hull point
-    that minimises cost + μ loss, which is optimal for the sum. The gate is the one each head wants at `delta`, and
+    Every head's (cost, loss) points have a lower convex hull; at a price μ of loss each head takes the hull
+    point that minimises cost + μ loss, which is optimal for the sum. The gate is the one each head wants at
+    `delta`, and
     stays fixed along the dial: only then are the sets of a head nested in λ.
     """
     loss, cost = statistics.loss, read_cost(statistics.kept, statistics.retrieval_ratio)
@@ -192,7 +199,8 @@ def _preferred_gate(loss: np.ndarray, cost: np.ndarray, price: float) -> np.ndar
 
 
 def dense_dial(statistics: TimeStatistics) -> Dial:
-    """Two points for a calibration without the time axis: depth and layer axes on with full budgets, and dense."""
+    """Two points for a calibration without the time axis: depth and layer axes on with full budgets, and
+    dense."""
     _, _, num_layers, heads = statistics.loss.shape
     # just below 1: the bundle tells "all axes off" from "time axis off" by the budget alone
     budget = np.stack(

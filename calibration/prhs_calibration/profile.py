@@ -1,6 +1,7 @@
 """Model + prompts -> observations: open-loop rows for the fit, closed-loop losses for the promise.
 
-Memory stays linear in the context: only the decode rows of one layer exist at a time, the prefill keeps no scores.
+Memory stays linear in the context: only the decode rows of one layer exist at a time, the prefill keeps no
+scores.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ Progress = Callable[[str, int, int], None]
 class LossMeter:
     """Dropped mass of one scoring pass, per layer and query head.
 
-    `loss` `[L, Hq]`: mean over the decode steps of the total variation between dense and sparse attention, which is
-    the dropped mass where the sparse rows are a truncation, and covers replaced keys where a prefix was frozen.
+    `loss` `[L, Hq]`: mean over the decode steps of the total variation between dense and sparse attention,
+    which is the dropped mass where the sparse rows are a truncation, and covers replaced keys where a prefix
+    was frozen.
     """
 
     def __init__(self, num_layers: int, num_qo_heads: int) -> None:
@@ -68,8 +70,8 @@ def closed_loop_losses(
 ) -> np.ndarray:
     """Closed-loop loss of every prompt under every setting: `[prompts, settings]` float64.
 
-    Settings that agree in depth and layer axes share the prompt's prefill. A setting with every axis off is dense
-    attention, whose loss is 0 by definition and is not run.
+    Settings that agree in depth and layer axes share the prompt's prefill. A setting with every axis off is
+    dense attention, whose loss is 0 by definition and is not run.
 
     Raises:
         InputError: time axes were on, some could have shared, and no step of any prompt reused a set.

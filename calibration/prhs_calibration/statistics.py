@@ -1,6 +1,8 @@
-"""Accumulators over decode rows of many prompts: pure sums, so that a second prompt always changes the result.
+"""Accumulators over decode rows of many prompts: pure sums, so that a second prompt always changes the
+result.
 
-Each takes `LayerObservation`s of dense open-loop rows and never keeps a row. Shapes use L layers and H KV heads.
+Each takes `LayerObservation`s of dense open-loop rows and never keeps a row. Shapes use L layers and H KV
+heads.
 """
 
 from __future__ import annotations
@@ -44,9 +46,10 @@ def gate_settings() -> tuple[GateSetting, ...]:
 class TimeStatistics:
     """What sharing and truncation cost each head: loss, kept fraction and retrieval ratio (CIS).
 
-    After the last prompt: `loss`, `kept` `[settings, ratios, L, H]` (mean dropped mass over the group; mean kept
-    fraction) and `retrieval_ratio` `[settings, L, H]`, all float64. `cosine` `[2, distances, L, H]` is the mean of the
-    smallest cosine in the group between queries 1, 2, 4 and 8 steps apart, after and before RoPE.
+    After the last prompt: `loss`, `kept` `[settings, ratios, L, H]` (mean dropped mass over the group; mean
+    kept fraction) and `retrieval_ratio` `[settings, L, H]`, all float64. `cosine` `[2, distances, L, H]` is
+    the mean of the smallest cosine in the group between queries 1, 2, 4 and 8 steps apart, after and before
+    RoPE.
     """
 
     DISTANCES = (1, 2, 4, 8)
@@ -84,7 +87,8 @@ class TimeStatistics:
         self.prompts[layer] += 1
 
     def _shared_loss(self, rows: LayerObservation) -> tuple[np.ndarray, np.ndarray]:
-        """Dropped mass and kept fraction of step t under the set of step a: `[2, ratios, H, t, a]`, r = 0 and 1.
+        """Dropped mass and kept fraction of step t under the set of step a: `[2, ratios, H, t, a]`, r = 0 and
+        1.
 
         Only a <= t means anything.
         """
@@ -183,10 +187,10 @@ def _walk(cosine: np.ndarray | None, setting: GateSetting, num_heads: int, steps
 class DepthStatistics:
     """Mass below a relative window start, and how layers resemble the one below (PSAW, ETF).
 
-    After the last prompt: `window_loss` `[L, fractions]`, mean mass of a decode query on non-sink positions older than
-    `fraction * t`; `share_loss` `[L, fractions]`, mean total variation when the first `fraction` of the prompt takes the
-    keys of the layer below; `similarity_key`, `similarity_value` `[L, NUM_BINS]`, mean cosine with the layer below by
-    relative position (row 0 is NaN).
+    After the last prompt: `window_loss` `[L, fractions]`, mean mass of a decode query on non-sink positions
+    older than `fraction * t`; `share_loss` `[L, fractions]`, mean total variation when the first `fraction`
+    of the prompt takes the keys of the layer below; `similarity_key`, `similarity_value` `[L, NUM_BINS]`,
+    mean cosine with the layer below by relative position (row 0 is NaN).
     """
 
     def __init__(self, num_layers: int, num_sinks: int, num_local: int) -> None:

@@ -27,13 +27,15 @@ OUTPUT_PROMPTS = 32  # prompts on which the dense model is run too, for the tota
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VerificationReport:
-    """What was measured on the verification split. Arrays over layers L, query heads Hq; informations in nats.
+    """What was measured on the verification split. Arrays over layers L, query heads Hq; informations in
+    nats.
 
     delta: the bound asked for. decision: verdict and interval over prompts. losses: `[prompts]`.
-    dropped_mass, information_dense, information_sparse, information_gap (mean absolute difference), fano, marginal:
-    `[L, Hq]` means over prompts, the bounds evaluated prompt by prompt. fano_of_delta: the bound at δ itself, for the
-    longest context. prefill_dropped: `[L]`, decode steps apart. output_tv: mean total variation of next-token
-    distributions on the first `output_prompts` prompts. violations: theorems that failed numerically, a bug in this code.
+    dropped_mass, information_dense, information_sparse, information_gap (mean absolute difference), fano,
+    marginal: `[L, Hq]` means over prompts, the bounds evaluated prompt by prompt. fano_of_delta: the bound at
+    δ itself, for the longest context. prefill_dropped: `[L]`, decode steps apart. output_tv: mean total
+    variation of next-token distributions on the first `output_prompts` prompts. violations: theorems that
+    failed numerically, a bug in this code.
     """
 
     delta: float
@@ -166,7 +168,8 @@ def verify_bound(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> VerificationReport:
-    """Measure a bundle on prompts that neither its fit nor its choice of λ has seen; every scored token a decode step.
+    """Measure a bundle on prompts that neither its fit nor its choice of λ has seen; every scored token a
+    decode step.
 
     Raises:
         UsageError: δ or confidence outside (0, 1), no prompts.

@@ -7,6 +7,7 @@ import types
 
 import numpy as np
 import pytest
+
 from prhs_calibration import fit
 from prhs_calibration.statistics import BUDGET_RATIOS, FRACTIONS, TimeStatistics, gate_settings
 from prhs_kernels.params import DepthParams, Gate
@@ -59,7 +60,8 @@ def test_tolerated_fractions_do_not_trust_a_dip() -> None:
 
 
 def statistics(decay: np.ndarray, share_loss: float, ratio: float) -> TimeStatistics:
-    """Heads whose loss decays exponentially in the budget; sharing adds `share_loss` and scans `ratio` of the steps."""
+    """Heads whose loss decays exponentially in the budget; sharing adds `share_loss` and scans `ratio` of the
+    steps."""
     settings = gate_settings()
     num_layers, heads = decay.shape
     loss = np.empty((len(settings), len(RATIOS), num_layers, heads))

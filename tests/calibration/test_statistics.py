@@ -1,4 +1,5 @@
-"""The profile's tables against the selector itself: what they predict is what `cis.select` does to the same rows."""
+"""The profile's tables against the selector itself: what they predict is what `cis.select` does to the same
+rows."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+
 from prhs_calibration.statistics import BUDGET_RATIOS, FRACTIONS, DepthStatistics, GateSetting, TimeStatistics
 from prhs_kernels.params import DepthParams, Gate, SelectorParams, TimeParams
 from prhs_kernels.runtime.attach import dense_params
