@@ -34,8 +34,8 @@ class FreezeMode(enum.IntEnum):
 class TimeParams:
     """CIS, clustered indices sharing. Every tensor is `[num_layers, num_kv_heads]`.
 
-    A retrieval at `kv_len` keeps `k = floor(budget_ratio * kv_len) + budget_tokens` middle positions
-    (those that are neither sinks nor local), all of them if there are fewer; `budget_ratio >= 1` is a dense head.
+    A retrieval at `kv_len` keeps `k = floor(budget_ratio * kv_len) + budget_tokens` middle positions (those
+    that are neither sinks nor local), all of them if there are fewer; `budget_ratio >= 1` is a dense head.
     """
 
     budget_ratio: torch.Tensor  # float32, fraction of kv_len
@@ -43,9 +43,8 @@ class TimeParams:
     gate: torch.Tensor  # uint8, a `Gate`
     tau_cos: torch.Tensor  # float32, reuse needs cosine > tau_cos
     block: torch.Tensor  # int32, decode steps between two forced retrievals (s)
-    dilation: (
-        torch.Tensor
-    )  # int32, neighbours r kept on either side of the best third when a set is reused or retrieved
+    # int32, neighbours r on either side of the best third that a retrieved set brings along
+    dilation: torch.Tensor
     reanchor: bool = True  # a retrieval inside a block starts a new block
 
 
@@ -64,7 +63,7 @@ class DepthParams:
 
 @dataclasses.dataclass(frozen=True)
 class LayerParams:
-    """ETF, early token freezing: in prefill the first tokens of the prompt skip layers from `start_layer` on."""
+    """ETF, early token freezing: in prefill the prompt's first tokens skip layers from `start_layer` on."""
 
     start_layer: int
     psi: float  # in (0, 1)
@@ -84,7 +83,7 @@ def _schedule(layer: int, num_layers: int, start_layer: int, base: float, power:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SelectorParams:
-    """Everything the selectors need for one model. An axis that is None is off; all None is dense attention."""
+    """All that the selectors need for one model. An axis that is None is off; all None is dense attention."""
 
     num_layers: int
     num_qo_heads: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class Selection:
     retrieved: `[batch, num_kv_heads, steps]` bool, a scan of the keys was needed.
     contested: like `retrieved`, True where per-step top-k would have had to scan (the budget did not cover
         all candidates); the denominator of the retrieval ratio.
-    gated: like `retrieved`, True where the cosine was evaluated.
+    gated: like `retrieved`, True where the cosine with the anchor had to be evaluated.
     """
 
     kept: torch.Tensor
@@ -84,59 +85,55 @@ def select(
     time = params.time
     assert time is not None
     batch, steps, n = candidates.shape
-    heads = params.num_kv_heads
-    keys = torch.arange(n, device=candidates.device)
-    key_positions = rows.key_positions()[:, None, :]
-    sinks = candidates & (key_positions < params.num_sinks)
-    local = candidates & (keys > rows.slots[None, :, None] - params.num_local)
-    middle = candidates & ~sinks & ~local
-    num_middle = middle.sum(dim=-1)
+    sinks, middle = _parts(candidates, rows, params)
     budget = middle_budget(time, layer, rows.positions.clamp(min=0) + 1)
-    contested = budget < num_middle[:, None, :]
+    contested = budget < middle.sum(dim=-1)[:, None, :]
 
-    packed = query.reshape(batch, heads, -1, steps, query.shape[-1])
+    packed = query.reshape(batch, params.num_kv_heads, -1, steps, query.shape[-1])
     packed_pre = query_pre.reshape(packed.shape)
     cosine = _anchor_cosine(packed, packed_pre, time, layer, state)
-    anchor, retrieved, block_start = _walk(cosine, contested, rows.slots, time, layer, params, state)
+    walk = _walk(cosine, contested, rows.slots, time, layer, state)
 
-    sets = torch.zeros(batch, heads, 1 + steps, n, dtype=torch.bool, device=candidates.device)
+    # table 0 is the carried anchor's, table 1 + i that of a retrieval at step i
+    sets = torch.zeros(*contested.shape[:2], 1 + steps, n, dtype=torch.bool, device=candidates.device)
+    slots = rows.slots.expand(contested.shape)
+    slots = torch.cat(
+        [torch.full_like(slots[..., :1], -1) if state is None else state.slot[..., None], slots], -1
+    )
     if state is not None:
         sets[:, :, 0, : state.middle.shape[-1]] = state.middle
-    if bool(retrieved.any()):
-        _retrieve(sets, scores, candidates, middle, budget, retrieved, time, layer)
+    if bool(walk.retrieved.any()):
+        _retrieve(sets, scores, candidates, middle, budget, walk.retrieved, time, layer)
 
-    index = anchor.clamp(min=0)
+    index = walk.uses.clamp(min=0)
     chosen = sets.gather(2, index[..., None].expand(-1, -1, -1, n)) & candidates[:, None]
-    slots = torch.cat(
-        [state.slot[..., None] if state else -torch.ones_like(anchor[..., :1]), _per_head(rows, anchor)],
-        dim=-1,
+    # local grows until the next anchor: what left the window since then was never scored for this set
+    since_anchor = (
+        torch.arange(n, device=slots.device) > (slots.gather(2, index) - params.num_local)[..., None]
     )
-    anchor_slot = slots.gather(2, index)
-    growing = keys > (anchor_slot - params.num_local)[..., None]  # local grows until the next anchor
-    partial = chosen | sinks[:, None] | (growing & candidates[:, None])
+    partial = chosen | sinks[:, None] | (since_anchor & candidates[:, None])
     kept = torch.where(contested[..., None], partial, candidates[:, None])
-    gated = contested & ~_forced(time, layer, contested)
-    new_state = _carry(packed, packed_pre, sets, slots, anchor, block_start, contested, state)
-    return Selection(kept, retrieved, contested, gated), new_state
+    selection = Selection(kept, walk.retrieved, contested, walk.gated)
+    return selection, _carry(packed, packed_pre, sets, slots, walk, state)
 
 
-def _per_head(rows: Rows, like: torch.Tensor) -> torch.Tensor:
-    return rows.slots.expand(like.shape)
-
-
-def _forced(time: TimeParams, layer: int, like: torch.Tensor) -> torch.Tensor:
-    never = (time.gate[layer] == Gate.NEVER) | (time.block[layer] <= 1)
-    return never.to(like.device)[None, :, None].expand(like.shape)
+def _parts(candidates: torch.Tensor, rows: Rows, params: SelectorParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sinks and middle of the candidates, each `[batch, steps, n]` bool; the rest of them is local."""
+    sinks = candidates & (rows.key_positions()[:, None, :] < params.num_sinks)
+    keys = torch.arange(candidates.shape[-1], device=candidates.device)
+    local = keys > rows.slots[None, :, None] - params.num_local
+    return sinks, candidates & ~sinks & ~local
 
 
 def _anchor_cosine(
     query: torch.Tensor, query_pre: torch.Tensor, time: TimeParams, layer: int, state: AnchorState | None
 ) -> torch.Tensor:
-    """Smallest cosine in the group of each step with the carried anchor (0) and every step: `[b, h, steps, 1 + steps]`."""
-    heads = query.shape[1]
-    cosine = query.new_full(
-        (query.shape[0], heads, query.shape[3], 1 + query.shape[3]), -2.0, dtype=torch.float64
-    )
+    """Cosine of each step with the carried anchor (0) and every step (1 + i), the smallest in the group.
+
+    `[batch, num_kv_heads, steps, 1 + steps]` float64; -2, below every threshold, for heads that never share.
+    """
+    batch, heads, _, steps, _ = query.shape
+    cosine = query.new_full((batch, heads, steps, 1 + steps), -2.0, dtype=torch.float64)
     gates = time.gate[layer].tolist()
     for gate, current, carried in (
         (Gate.POST_ROPE, query, state.query if state else None),
@@ -155,49 +152,54 @@ def _anchor_cosine(
     return cosine
 
 
+class _Walk(NamedTuple):
+    """Who retrieves when. Tables are numbered 0: the carried set, 1 + i: retrieved at step i, -1: none.
+
+    uses: `[batch, num_kv_heads, steps]` int64, the table of each step; retrieved, gated: bool, same shape.
+    block_start, anchor: `[batch, num_kv_heads]` int64, slot and table that the next run starts from.
+    """
+
+    uses: torch.Tensor
+    retrieved: torch.Tensor
+    gated: torch.Tensor
+    block_start: torch.Tensor
+    anchor: torch.Tensor
+
+
 def _walk(
     cosine: torch.Tensor,
     contested: torch.Tensor,
     slots: torch.Tensor,
     time: TimeParams,
     layer: int,
-    params: SelectorParams,
     state: AnchorState | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Decide step by step who retrieves.
-
-    Returns, on the device of `contested`: the set each step uses `[b, h, steps]` int64 (0: the carried one,
-    i + 1: retrieved at step i, -1: none needed), who retrieves (bool, same shape), and the final block starts `[b, h]`.
-    """
+) -> _Walk:
+    """Decide step by step, on the host; the result is on the device of `contested`."""
     table, needed, at = cosine.cpu().numpy(), contested.cpu().numpy(), slots.cpu().numpy()
-    tau = time.tau_cos[layer].double().numpy()[None, :]
-    block = time.block[layer].numpy()[None, :]
-    may_share = (time.gate[layer].numpy() != Gate.NEVER)[None, :]
-    shape = needed.shape[:2]
-    rows = np.indices(shape)
+    tau = time.tau_cos[layer].double().cpu().numpy()[None, :]
+    block = time.block[layer].cpu().numpy()[None, :]
+    may_share = (time.gate[layer].cpu().numpy() != Gate.NEVER)[None, :]
+    batch, head = np.indices(needed.shape[:2])
     if state is None:
-        current, anchor_slot = np.full(shape, -1), np.full(shape, -1)
-        start = np.full(shape, -1)
+        anchor, start = np.full(batch.shape, -1), np.full(batch.shape, -1)
     else:
-        anchor_slot, start = state.slot.cpu().numpy().copy(), state.block_start.cpu().numpy().copy()
-        current = np.where(anchor_slot >= 0, 0, -1)
+        anchor = np.where(state.slot.cpu().numpy() >= 0, 0, -1)
+        start = state.block_start.cpu().numpy().copy()
     uses = np.full(needed.shape, -1)
-    retrieved = np.zeros(needed.shape, dtype=bool)
+    retrieved, gated = np.zeros(needed.shape, dtype=bool), np.zeros(needed.shape, dtype=bool)
     for step in range(needed.shape[2]):
         want = needed[:, :, step]
-        new_block = (current < 0) | (at[step] - start >= block)
-        close = table[rows[0], rows[1], step, np.maximum(current, 0)] > tau
-        share = want & may_share & ~new_block & close
+        new_block = (anchor < 0) | (at[step] - start >= block)
+        ask = want & may_share & ~new_block
+        share = ask & (table[batch, head, step, np.maximum(anchor, 0)] > tau)
         fetch = want & ~share
-        uses[:, :, step] = np.where(share, current, np.where(fetch, step + 1, -1))
-        retrieved[:, :, step] = fetch
+        uses[:, :, step] = np.where(share, anchor, np.where(fetch, step + 1, -1))
+        retrieved[:, :, step], gated[:, :, step] = fetch, ask
         becomes_anchor = fetch & (new_block | time.reanchor)
-        current = np.where(becomes_anchor, step + 1, np.where(want, current, -1))
+        # a step that needs no choice keeps everything and ends the block
+        anchor = np.where(becomes_anchor, step + 1, np.where(want, anchor, -1))
         start = np.where(becomes_anchor, at[step], start)
-    device = contested.device
-    final = torch.from_numpy(start).to(device)
-    uses_t, retrieved_t = torch.from_numpy(uses).to(device), torch.from_numpy(retrieved).to(device)
-    return uses_t, retrieved_t, torch.stack([final, torch.from_numpy(current).to(device)])
+    return _Walk(*(torch.from_numpy(a).to(contested.device) for a in (uses, retrieved, gated, start, anchor)))
 
 
 def _retrieve(
@@ -225,14 +227,11 @@ def _carry(
     query_pre: torch.Tensor,
     sets: torch.Tensor,
     slots: torch.Tensor,
-    anchor: torch.Tensor,
-    ends: torch.Tensor,
-    contested: torch.Tensor,
+    walk: _Walk,
     state: AnchorState | None,
 ) -> AnchorState:
     """State after the run: the last anchor of each head, or none."""
-    block_start, current = ends[0], ends[1]
-    index = current.clamp(min=0)
+    index = walk.anchor.clamp(min=0)
 
     def last(steps_of: torch.Tensor, carried: torch.Tensor | None) -> torch.Tensor:
         # [b, h, group, steps, d] with the carried anchor put in front
@@ -245,7 +244,7 @@ def _carry(
     return AnchorState(
         query=last(query, state.query if state else None),
         query_pre=last(query_pre, state.query_pre if state else None),
-        slot=torch.where(current >= 0, slot, -1),
-        block_start=block_start,
+        slot=torch.where(walk.anchor >= 0, slot, -1),
+        block_start=walk.block_start,
         middle=sets.gather(2, index[..., None, None].expand(-1, -1, 1, sets.shape[-1])).squeeze(2),
     )

@@ -14,7 +14,7 @@ def importance(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `[..., n]`, 0 outside the candidates. Every head is normalised over *all* candidates (sinks and local
-        positions included) before the sum, so the top k of the result maximise the group's total retained mass.
+        positions included) before the sum, so the top k of the result maximise the group's retained mass.
     """
     masked = scores.masked_fill(~candidates.unsqueeze(-2), -torch.inf)
     return masked.softmax(dim=-1).sum(dim=-2)
@@ -22,6 +22,9 @@ def importance(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
 
 def top_positions(weights: torch.Tensor, allowed: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Rank of every chosen position in its row: `[..., n]` int32, 0 is best, -1 is not chosen.
+
+    Importance is compared in fp32 and a tie goes to the oldest position, so that the set for a smaller count
+    is a prefix of the set for a larger one and does not depend on the other rows of the call.
 
     Args:
         weights: `[..., n]` nonnegative importance.
@@ -32,8 +35,11 @@ def top_positions(weights: torch.Tensor, allowed: torch.Tensor, count: torch.Ten
     width = int(count.max()) if count.numel() else 0
     if width == 0:
         return ranks
-    keyed = weights.masked_fill(~allowed, -1.0)  # importance is never negative, so these come last
-    best = keyed.topk(width, dim=-1).indices
+    # torch.topk breaks ties differently for every width. So, one integer per position: on top the bits of the
+    # importance, which order like its value because it is never negative, below the position from the end.
+    age = torch.arange(weights.shape[-1] - 1, -1, -1, device=weights.device)
+    keyed = (weights.float().view(torch.int32).long() << 32) | age
+    best = keyed.masked_fill(~allowed, -1).topk(width, dim=-1).indices
     order = torch.arange(width, device=weights.device, dtype=torch.int32).expand(best.shape)
     chosen = torch.where(order < count.unsqueeze(-1), order, -1)
     return ranks.scatter(-1, best, chosen)

@@ -29,7 +29,8 @@ def kept_indices(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         kept: `[batch, num_kv_heads, n]` bool.
 
     Returns:
-        indices `[batch, num_kv_heads, max_kept]` int64, -1 padded, ascending; count `[batch, num_kv_heads]` int64.
+        indices `[batch, num_kv_heads, max_kept]` int64, ascending, -1 padded at the end;
+        count `[batch, num_kv_heads]` int64.
     """
     count = kept.sum(dim=-1)
     width = int(count.max())
@@ -61,10 +62,8 @@ def sparse_decode(
     gathered = values.gather(2, rows).unsqueeze(2).to(probs.dtype)
     # a padded row may hold anything, NaN included: 0 * NaN would leak into the sum
     gathered = gathered.masked_fill((indices < 0)[:, :, None, :, None], 0.0)
-    output = torch.matmul(probs, gathered)
-    return output.reshape(batch, num_qo_heads, 1, head_dim).to(query.dtype), lse.reshape(
-        batch, num_qo_heads, 1
-    )
+    output = torch.matmul(probs, gathered).reshape(batch, num_qo_heads, 1, head_dim)
+    return output.to(query.dtype), lse.reshape(batch, num_qo_heads, 1)
 
 
 def attend(probs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Prefill attention over a per-layer window with sinks, by chunks of queries so that no T x T mask is made."""
+"""Prefill attention over a per-layer window with sinks, by chunks of queries: no T x T mask is made."""
 
 from __future__ import annotations
 
