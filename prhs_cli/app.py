@@ -66,6 +66,7 @@ def root(
 def run(arguments: Sequence[str]) -> int:
     """Run one command line (without the program's name) and return its exit code; errors go to stderr."""
     debug = "--debug" in arguments
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="prhs", standalone_mode=False)

@@ -105,6 +105,12 @@ ContextLength = Annotated[
         show_default=False,
     ),
 ]
+Corpus = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="PATH", help="Text file or folder, repeatable; without it built-in text.", show_default=False
+    ),
+]
 Temperature = Annotated[
     float, typer.Option(callback=_temperature, metavar="X", help="Sampling temperature; 0 is greedy.")
 ]

@@ -75,7 +75,7 @@ def table(
 
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False)
     for index, name in enumerate(columns):
-        numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
+        numeric = bool(rows) and all(row[index] is None or _is_number(row[index]) for row in rows)
         drawn.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(_cell(value) for value in row))
@@ -97,20 +97,22 @@ def pairs(rows: Mapping[str, object], *, title: str | None = None) -> Renderable
 
 
 class LineWriter:
-    """Progress for logs: a line when a stage begins and ends, and every ten seconds between."""
+    """Progress for logs: nothing for stages below two seconds, else a line every ten and at the end."""
 
-    interval = 10.0  # seconds
+    patience, interval = 2.0, 10.0  # seconds
 
     def __init__(self) -> None:
-        self._stage = ""
+        self._stage, self._done = "", 0
         self._started = self._printed = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if stage != self._stage:
-            self._stage, self._started, self._printed = stage, now, 0.0
-        finished = total > 0 and done >= total
-        if finished or now - self._printed >= self.interval:
+        if stage != self._stage or done < self._done:
+            self._stage, self._started = stage, now
+            self._printed = now + self.patience - self.interval
+        self._done = done
+        late = now - self._started >= self.patience and done >= total
+        if late or now - self._printed >= self.interval:
             self._printed = now
             print(self._line(stage, done, total, now - self._started), file=sys.stderr, flush=True)
 
@@ -177,6 +179,6 @@ def _cell(value: object) -> str:
     """Four significant digits are enough to read; the result file has all of them."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "-" if value is None else str(value)
+    if value is None or value != value:  # not measured, or nothing there to measure
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -84,12 +84,22 @@ def run(
 
 def cells_table(data: dict[str, Any]) -> Any:
     """One row per selector and budget."""
-    columns = ["selector", "budget", "attended", "KV read", "dropped mass", "excess over oracle", "miss rate"]
+    columns = [
+        "selector",
+        "budget",
+        "attended",
+        "as asked",
+        "KV read",
+        "dropped mass",
+        "excess over oracle",
+        "miss rate",
+    ]
     rows = [
         [
             cell["selector"],
             cell["budget"],
             cell["attended_fraction"],
+            cell["matched"],
             cell["kv_bytes_read"],
             cell["dropped_mass"]["mean"],
             cell["excess"]["mean"],

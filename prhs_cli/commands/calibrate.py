@@ -36,14 +36,7 @@ def command(
         ),
     ] = None,
     context_length: options.ContextLength = None,
-    corpus: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="PATH",
-            help="Text file or folder; may be repeated. Default: built in.",
-            show_default=False,
-        ),
-    ] = None,
+    corpus: options.Corpus = None,
     output: Annotated[
         Path | None,
         typer.Option(

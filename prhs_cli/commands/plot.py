@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,16 +18,15 @@ Examples:
   prhs plot posterior-bias                       the newest result, or a small analysis made for it
   prhs plot posterior-bias result.json -o figure.pdf"""
 
-FORMATS = (".png", ".svg", ".pdf")
 SMALL = 4  # prompts of the analysis that is made when there is no result
 
 
 def command(
     figure: Annotated[Literal["posterior-bias"], typer.Argument(help="What to draw.", show_default=False)],
-    results: Annotated[
-        list[Path] | None,
+    result: Annotated[
+        Path | None,
         typer.Argument(
-            metavar="[RESULT]...", help="Result files; without any the newest one.", show_default=False
+            metavar="[RESULT]", help="Result file; without it the newest one.", show_default=False
         ),
     ] = None,
     output: Annotated[
@@ -36,33 +35,26 @@ def command(
             "--output",
             "-o",
             metavar="FILE",
-            help=".png, .svg or .pdf; default FIGURE.png.",
+            help="Figure, .png, .svg or .pdf; default FIGURE.png in this folder.",
             show_default=False,
         ),
     ] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw a figure from the result files of `prhs analyze`."""
+    """Draw a figure from a result file of `prhs analyze`."""
     out = Output(as_json=as_json, quiet=quiet)
     path = output or Path(f"{figure}.png")
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"output {path}: the ending must be one of {', '.join(FORMATS)}")
     from prhs_calibration.files import check_writable
     from prhs_calibration.results import read_result
+    from prhs_cli.plots import posterior_bias, style
 
+    if path.suffix.lower() not in style.FORMATS:
+        raise UsageError(f"output {path}: the ending must be one of {', '.join(style.FORMATS)}")
     check_writable(path)
-    sources = results or [_newest_or_small(out, figure)]
-    contents = [read_result(source, kind=figure) for source in sources]
-    _draw(figure, contents, path)
-    out.result({"figure": str(path), "results": [str(source) for source in sources]}, f"wrote {path}")
-
-
-def _draw(figure: str, contents: list[dict[str, Any]], path: Path) -> None:
-    import importlib
-
-    module = importlib.import_module(f"prhs_cli.plots.{figure.replace('-', '_')}")
-    module.plot(contents, path)
+    source = result or _newest_or_small(out, figure)
+    posterior_bias.draw(read_result(source, kind=figure), path)
+    out.result({"figure": str(path), "result": str(source)}, f"wrote {path}")
 
 
 def _newest_or_small(out: Output, figure: str) -> Path:

@@ -30,6 +30,8 @@ def command(
     model: options.Model = "reference",
     prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts of the held-out split.")] = 320,
     confidence: options.Confidence = 0.95,
+    context_length: options.ContextLength = None,
+    corpus: options.Corpus = None,
     output: options.ResultOutput = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when the prompts cannot decide.")] = False,
     revision: options.Revision = None,
@@ -57,6 +59,8 @@ def command(
             delta=chosen.metadata.delta if delta is None else delta,
             num_prompts=prompts,
             confidence=confidence,
+            context_length=context_length,
+            sources=corpus,
             seed=seed,
             progress=progress,
         )
