@@ -148,7 +148,8 @@ def _anchor_cosine(
         else:
             first = torch.nn.functional.normalize(carried[:, chosen].double(), dim=-1).unsqueeze(3)
         anchors = torch.cat([first, unit], dim=3)
-        cosine[:, chosen] = torch.matmul(unit, anchors.transpose(-1, -2)).amin(dim=2)
+        # rounding may not take it above 1: a threshold of 1 means never
+        cosine[:, chosen] = torch.matmul(unit, anchors.transpose(-1, -2)).amin(dim=2).clamp(max=1.0)
     return cosine
 
 

@@ -58,7 +58,7 @@ class Step:
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     """Smallest cosine between corresponding rows of `[group, head_dim]`."""
     rows = zip(a.double(), b.double(), strict=True)
-    return min(float(x @ y / (x.norm() * y.norm())) for x, y in rows)
+    return min(min(1.0, float(x @ y / (x.norm() * y.norm()))) for x, y in rows)
 
 
 def retrieve(scores: torch.Tensor, allowed: set[int], middle: set[int], count: int, radius: int) -> set[int]:
