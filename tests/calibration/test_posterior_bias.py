@@ -121,7 +121,7 @@ def cell(result: dict[str, Any], selector: str, budget: float) -> dict[str, Any]
 
 
 def test_planted_bias_of_streaming_is_found_where_it_is() -> None:
-    found = cell(run(), "streaming", 1 / 8)
+    found = cell(run(), "streaming-llm", 1 / 8)
     layer_zero, layer_one = found["by_layer"]["excess"]["mean"]
     # the oracle has the planted position and beats random noise; streaming misses it in layer 0 only
     assert PLANTED_MASS <= layer_zero <= PLANTED_MASS + 0.13
@@ -163,7 +163,7 @@ def test_all_selectors_spend_the_same_budget() -> None:
             entry["budget"], rel=0.2 if entry["selector"] == "quest" else 0.05
         )
     # a sixteenth of 200 positions cannot be had to 2 %
-    assert all(cell(result, name, 1 / 8)["matched"] for name in ("prhs", "oracle", "streaming"))
+    assert all(cell(result, name, 1 / 8)["matched"] for name in ("prhs", "oracle", "streaming-llm"))
 
 
 def test_budget_out_of_reach_is_said() -> None:
@@ -176,7 +176,7 @@ def test_bytes_read_count_the_scan() -> None:
     result = run()
     # K and V of an eighth, and one scan of K for the oracle; streaming reads no more than it keeps
     assert cell(result, "oracle", 1 / 8)["kv_bytes_read"] == pytest.approx(1 / 8 + 1 / 2, rel=0.02)
-    assert cell(result, "streaming", 1 / 8)["kv_bytes_read"] == pytest.approx(1 / 8, rel=0.02)
+    assert cell(result, "streaming-llm", 1 / 8)["kv_bytes_read"] == pytest.approx(1 / 8, rel=0.02)
     quest = cell(result, "quest", 1 / 8)
     assert quest["kv_bytes_read"] == pytest.approx(quest["attended_fraction"] + 1 / 16, rel=0.1)
 

@@ -153,9 +153,9 @@ def test_axes_are_labelled_with_units(name: str) -> None:
 
 @every_figure
 def test_legend_hides_no_data(name: str) -> None:
-    figure = drawn(name)
     with style.styled():
-        figure.canvas.draw()
+        figure = drawn(name)
+        figure.draw_without_rendering()
     legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes)]
     boxes = [legend.get_window_extent() for legend in legends if legend is not None]
     assert boxes
@@ -167,7 +167,7 @@ def test_legend_hides_no_data(name: str) -> None:
 def test_nothing_is_cut_off(name: str) -> None:
     with style.styled():
         figure = drawn(name)
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         box, whole = figure.get_tightbbox(), figure.bbox_inches
     assert box is not None
     assert box.x0 >= -0.01 and box.y0 >= -0.01
@@ -223,9 +223,8 @@ def test_single_prompt_has_no_intervals() -> None:
 def test_missed_budget_is_in_the_caption() -> None:
     result = posterior_bias_result()
     result["data"]["cells"][3] |= {"matched": False, "attended_fraction": 0.09}
-    assert "PrHS attended 0.090 where 1/16 was asked" in posterior_bias.figure(
-        result
-    ).get_supxlabel().replace("\n", " ")
+    caption = posterior_bias.figure(result).get_supxlabel().replace("\n", " ")
+    assert "PrHS attended 0.090 where 1/16 was asked" in caption
 
 
 def test_small_biases_get_a_logarithmic_axis() -> None:

@@ -19,7 +19,7 @@ class StreamingLLM:
     """
 
     num_sinks: int = 4  # positions, the published setting
-    name: str = "streaming"
+    name: str = "streaming-llm"
     retrieval_ratio: float = dataclasses.field(default=0.0, init=False)  # never scores a key
 
     def select(self, rows: DecodeRows, size: torch.Tensor) -> torch.Tensor:
