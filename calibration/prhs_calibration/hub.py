@@ -62,10 +62,7 @@ class Source:
     folder: pathlib.Path
     model_id: str  # hub id, name of the local folder, or "reference"
     revision: str  # commit hash on the hub, "local" or "embedded"
-
-    @property
-    def is_hub(self) -> bool:
-        return self.revision not in ("local", "embedded")
+    online: bool = False  # the hub answered: what is missing can be downloaded
 
     def config(self) -> dict[str, Any]:
         """The parsed `config.json`; InputError when it is missing or not a JSON object."""
@@ -115,8 +112,9 @@ class Source:
 
     def fetch_weights(self) -> None:
         """Download the weights of a hub model unless they are on disk. Errors as `locate`."""
-        if self.is_hub:
-            _download(self.model_id, self.revision, _WEIGHT_FILES, online=not _is_offline())
+        # never asked again when it did not answer: the hub library would retry for half a minute
+        if self.online:
+            _download(self.model_id, self.revision, _WEIGHT_FILES, online=True)
 
 
 def locate(name: str, revision: str | None = None) -> Source:
@@ -135,7 +133,7 @@ def locate(name: str, revision: str | None = None) -> Source:
         raise InputError(f"unknown model {name!r}: {_suggestion(name)}")
     commit = None if _is_offline() else _resolve(model_id, revision)
     folder = _download(model_id, commit or revision, _SMALL_FILES, online=commit is not None)
-    return Source(folder, model_id, commit or folder.name)
+    return Source(folder, model_id, commit or folder.name, online=commit is not None)
 
 
 def is_on_disk(model_id: str) -> bool:
@@ -160,7 +158,7 @@ def reference_folder() -> pathlib.Path:
 def _is_folder(name: str) -> bool:
     if name in ALIASES:
         return False
-    return name.startswith((".", "/", "~")) or pathlib.Path(name).is_dir()
+    return name.startswith((".", "/", "~")) or (name != "" and pathlib.Path(name).is_dir())
 
 
 def _local(name: str) -> Source:
