@@ -38,7 +38,7 @@ def figure(result: dict[str, Any]) -> Figure:
         _excess(panels[1], data)
         _positions(panels[2], data, middle)
         _layers(panels[3], data, middle)
-        style.caption(fig, _conditions(result, data))
+        style.caption(fig, _conditions(result, data, middle))
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(
             f"this '{KIND}' result is incomplete ({error}); run `prhs analyze {KIND}` again"
@@ -135,7 +135,7 @@ def _band(axis: Axes, x: Any, entry: dict[str, Any], look: style.Look) -> None:
         )
 
 
-def _conditions(result: dict[str, Any], data: dict[str, Any]) -> str:
+def _conditions(result: dict[str, Any], data: dict[str, Any], budget: float) -> str:
     unmatched = [cell for cell in data["cells"] if not cell["matched"]]
     parts = [
         f"Model {data['model']}" if "model" in data else "",
@@ -145,6 +145,7 @@ def _conditions(result: dict[str, Any], data: dict[str, Any]) -> str:
         f"{data['num_steps']} decode steps, {data['loop']} loop (dense model, teacher forced)",
         f"bars and bands: {100 * data['confidence']:g} % Student t intervals over prompts",
         "bias: dropped mass beyond that of the oracle with as many positions in every (step, layer, KV head)",
+        _cost(data, budget),
         style.versions(result),
     ]
     parts += [
@@ -153,3 +154,16 @@ def _conditions(result: dict[str, Any], data: dict[str, Any]) -> str:
         for cell in unmatched
     ]
     return "; ".join(part for part in parts if part) + "."
+
+
+def _cost(data: dict[str, Any], budget: float) -> str:
+    """Equal attended fractions hide what choosing them costs: bytes read, scans included."""
+    read = [
+        f"{look.label} {cell['kv_bytes_read']:.2f}"
+        for name, look in style.SELECTORS.items()
+        for cell in _cells(data, name)
+        if cell["budget"] == budget
+    ]
+    shared = [cell["retrieval_ratio"] for cell in _cells(data, "prhs") if cell["budget"] == budget]
+    ratio = f", retrieval ratio of PrHS {shared[0]:.2f}" if shared and shared[0] is not None else ""
+    return f"KV bytes read at {style.fraction(budget)}, scans included (dense is 1): {', '.join(read)}{ratio}"

@@ -39,6 +39,8 @@ def posterior_bias_result() -> dict[str, Any]:
                 "budget": budget,
                 "attended_fraction": budget * 1.01,
                 "matched": True,
+                "kv_bytes_read": 0.5,
+                "retrieval_ratio": 0.25,
                 "dropped_mass": spread(0.3 - budget + excess),
                 "oracle_dropped_mass": spread(0.3 - budget),
                 "excess": spread(excess),

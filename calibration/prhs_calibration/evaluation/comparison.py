@@ -35,7 +35,7 @@ class Settings:
 
     selectors: tuple[str, ...] = SELECTORS
     budgets: tuple[float, ...] = BUDGETS
-    matching_prompts: int = 4
+    matching_prompts: int = 8
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
