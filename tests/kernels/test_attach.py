@@ -49,15 +49,6 @@ def test_selectors_off_is_stock_attention_bit_for_bit(variant: str) -> None:
         expected = stock(model, prompts, steps)
         with sparse_attention(model, dense_params(model.config)) as cache:
             assert torch.equal(feed(model, cache, prompts, steps), expected)
-        assert cache.stats.to_dict() == pytest.approx(
-            {
-                "retrieval_ratio": float("nan"),
-                "effective_budget": cache.stats.effective_budget,
-                "attended_fraction": 1.0,
-                "kv_bytes_read": 1.0,
-            },
-            nan_ok=True,
-        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -74,15 +65,15 @@ def test_every_prompt_position_is_stock_when_the_selectors_are_off(variant: str)
 @pytest.mark.parametrize("time", [{"budget_ratio": 1.0}, {"budget_tokens": 1000}], ids=["dense", "covered"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_full_budget_is_stock_within_rounding(variant: str, time: dict[str, float]) -> None:
-    """The error against float64 is at most twice what stock attention makes in the same precision."""
+    """The error against float64 is at most twice that of stock attention in the same precision (norms)."""
     model_type, overrides = VARIANTS[variant]
     exact = stock(exact_model(model_type, **overrides), PROMPTS, STEPS)
     model = tiny_model(model_type, **overrides)
-    rounding = (stock(model, PROMPTS, STEPS) - exact).abs().max()
+    rounding = (stock(model, PROMPTS, STEPS) - exact).norm()
     with sparse_attention(model, selector_params(model.config, time=time)) as cache:
         ours = feed(model, cache, PROMPTS, STEPS)
-    assert 0 < rounding < 1e-4
-    assert (ours - exact).abs().max() <= 2 * rounding
+    assert 0 < rounding < 1e-5 * exact.norm()
+    assert (ours - exact).norm() <= 2 * rounding
     assert cache.stats.attended_fraction == 1.0 and cache.stats.kv_bytes_read == 1.0
 
 

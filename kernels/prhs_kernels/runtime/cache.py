@@ -135,9 +135,11 @@ class PrhsCache(Cache):  # type: ignore[misc]
 
     def rewind(self, length: int) -> None:
         """Forget every slot from `length` on and every anchor; for a second run over the same prefill."""
-        extra = self.get_seq_length() - length
-        if extra > 0:
-            self.crop(-extra)
+        layers: list[Any] = self.layers
+        for layer in layers:  # each on its own: a forward pass that failed half-way filled only some of them
+            extra = layer.get_seq_length() - length
+            if extra > 0:
+                layer.crop(-extra)
         self.stats = DecodeStats()
 
     @property

@@ -24,7 +24,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < float("inf"):
             raise UsageError(f"temperature = {self.temperature} must be >= 0 (0 is greedy)")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p = {self.top_p} must be in (0, 1]")
