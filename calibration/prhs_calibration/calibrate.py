@@ -29,6 +29,10 @@ LOSS_RANGE = (0.3, 0.003)  # open-loop losses between which the dial's points ar
 AXIS_SHARE = 0.1  # of δ, what depth and layer may each cost on their own
 NUM_SINKS, NUM_LOCAL = 4, 16
 AXIS_PROMPTS = 12  # of the fit split, to check a depth or layer schedule in closed loop
+DOES_NOT_PAY = (
+    f"no schedule drops {fit.MIN_FRACTION:.0%} of the positions, averaged over layers, "
+    f"for {AXIS_SHARE:.0%} of delta"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +89,10 @@ def calibrate(
     _check(delta, num_prompts, axes, target, confidence)
     report = progress or (lambda stage, done, total: None)
     length = min(context_length or loaded.context_length, loaded.context_length)
-    sizes = {"fit": fit_prompts or fit_prompts_for(num_prompts), "select": num_prompts}
+    sizes: dict[corpus.Split, int] = {
+        "fit": fit_prompts or fit_prompts_for(num_prompts),
+        "select": num_prompts,
+    }
     report("corpus", 0, 1)
     prompts = {
         split: corpus.build(
@@ -110,7 +117,7 @@ def calibrate(
         tokenizer_hash=loaded.tokenizer_hash,
         corpus_hash=corpus.corpus_hash([*prompts["fit"], *prompts["select"]]),
         seeds={"corpus": seed},
-        split_sizes={**sizes, "verify": 0},
+        split_sizes={**{str(split): size for split, size in sizes.items()}, "verify": 0},
         context_length=length,
         delta=delta,
         dial_index=choice.index,
@@ -231,23 +238,16 @@ class _Fit:
         return dataclasses.replace(self.params, layer=layer)
 
     def _settle(self, axis: str, schedule: fit.Schedule | None, params: Any) -> None:
-        """Weaken a schedule until its closed-loop loss on top of the axes before it is within its share of
-        δ."""
+        """Weaken a schedule until it costs at most its share of δ in closed loop, on top of the axes before."""
         before = 0.0 if self.params.is_dense else self._closed_loop(f"{axis} check", self.params)
         allowed = before + AXIS_SHARE * self.delta
-        while schedule is not None:
-            if schedule.fractions(self.base.num_layers).max() < fit.MIN_FRACTION:
-                schedule = None
-                break
+        while schedule is not None and schedule.pays(self.base.num_layers):
             loss = self._closed_loop(f"{axis} check", params(schedule))
             if loss <= allowed:
                 break
             schedule = schedule.weakened(0.5)
-        if schedule is None:
-            self.report["axes"][axis] = {
-                "on": False,
-                "why": f"no schedule drops {MIN_PERCENT} within its share of delta",
-            }
+        if schedule is None or not schedule.pays(self.base.num_layers):
+            self.report["axes"][axis] = {"on": False, "why": DOES_NOT_PAY}
             return
         self.params = params(schedule)
         self.schedules[axis] = schedule
@@ -270,19 +270,26 @@ class _Fit:
         return [*points, self.base]
 
     def _time(self, index: int) -> TimeParams:
-        heads = {name.removeprefix("time/"): value for name, value in self._gates().items()}
         ratio = torch.tensor(self.dial.budget_ratio[index], dtype=torch.float32)
-        return TimeParams(ratio, torch.zeros_like(ratio, dtype=torch.int32), **heads)
+        gates = self._gates()
+        return TimeParams(
+            budget_ratio=ratio,
+            budget_tokens=torch.zeros_like(ratio, dtype=torch.int32),
+            gate=gates["gate"],
+            tau_cos=gates["tau_cos"],
+            block=gates["block"],
+            dilation=gates["dilation"],
+        )
 
     def _gates(self) -> dict[str, torch.Tensor]:
         def table(field: str, dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor([[getattr(s, field) for s in row] for row in self.dial.setting], dtype=dtype)
 
         return {
-            "time/gate": table("gate", torch.uint8),
-            "time/tau_cos": table("tau_cos", torch.float32),
-            "time/block": table("block", torch.int32),
-            "time/dilation": table("dilation", torch.int32),
+            "gate": table("gate", torch.uint8),
+            "tau_cos": table("tau_cos", torch.float32),
+            "block": table("block", torch.int32),
+            "dilation": table("dilation", torch.int32),
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -292,7 +299,7 @@ class _Fit:
             "time/lambda": torch.tensor(self.dial.lam, dtype=torch.float32),
             "time/budget_ratio": ratio,
             "time/budget_tokens": torch.zeros_like(ratio, dtype=torch.int32),
-            **self._gates(),
+            **{f"time/{name}": table for name, table in self._gates().items()},
             "profile/predicted_loss": torch.tensor(self.dial.loss, dtype=torch.float32),
             "profile/predicted_cost": torch.tensor(self.dial.cost, dtype=torch.float32),
         }
@@ -302,9 +309,6 @@ class _Fit:
         for axis, schedule in self.schedules.items():
             tensors[f"{axis}/schedule"] = torch.tensor([schedule.start_layer, schedule.base, 1.0])
         return tensors
-
-
-MIN_PERCENT = f"{fit.MIN_FRACTION:.0%} of the positions"
 
 
 def _check(

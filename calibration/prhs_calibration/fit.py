@@ -13,7 +13,7 @@ from scipy.optimize import curve_fit
 
 from prhs_calibration.statistics import BUDGET_RATIOS, FRACTIONS, GateSetting, TimeStatistics
 
-MIN_FRACTION = 0.02  # a schedule that drops less than this everywhere is not worth switching on
+MIN_FRACTION = 0.02  # a schedule that drops less than this, averaged over layers, is not worth having
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,16 @@ class Schedule:
         """The curve, `[L]`, 0 below `start_layer`."""
         return curve(np.arange(num_layers), self.start_layer, num_layers, self.base)
 
+    def pays(self, num_layers: int) -> bool:
+        """Whether the curve drops enough, over all layers, to be worth its share of the loss."""
+        return bool(self.fractions(num_layers).mean() >= MIN_FRACTION)
+
     def weakened(self, factor: float) -> Schedule:
         """The same curve with its exponent scaled by `factor` in (0, 1): every fraction shrinks."""
         return dataclasses.replace(self, base=self.base**factor)
 
 
-def curve(layers: np.ndarray, start_layer: int, num_layers: int, base: float) -> np.ndarray:
+def curve(layers: np.ndarray, start_layer: int, num_layers: int, base: float | np.ndarray) -> np.ndarray:
     """The paper's schedule over layers, `[len(layers)]`."""
     depth = np.clip((layers - start_layer) / (num_layers - start_layer), 0.0, None)
     return np.asarray(1.0 - base**depth)
@@ -97,9 +101,7 @@ def fit_schedule(loss: np.ndarray, tolerance: float, first_layer: int = 1) -> Sc
         gain = schedule.fractions(num_layers).sum()
         if gain > (0.0 if best is None else best.fractions(num_layers).sum()):
             best = schedule
-    if best is None or best.fractions(num_layers).max() < MIN_FRACTION:
-        return None
-    return best
+    return best if best is not None and best.pays(num_layers) else None
 
 
 def predicted_loss(schedule: Schedule, loss: np.ndarray) -> float:
