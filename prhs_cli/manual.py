@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,43 +20,25 @@ def render() -> str:
     from prhs_cli.app import app
 
     root: Any = typer.main.get_command(app)
-    parts = [_HEAD, _command(root, "prhs")]
-    parts += [_command(command, f"prhs {name}") for name, command in root.commands.items()]
+    parts = [_HEAD, _command(root, "prhs", "Everywhere")]
+    parts += [_command(command, f"prhs {name}", f"`prhs {name}`") for name, command in root.commands.items()]
     return "\n".join(parts)
 
 
-def _command(command: Any, path: str) -> str:
-    lines = [f"## `{path}`" if path != "prhs" else "## Everywhere", "", _text(command.help), ""]
-    shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
-    for parameter in shown:
-        lines.append(f"- {_names(parameter)}: {_text(parameter.help)}{_default(parameter)}")
+def _command(command: Any, path: str, title: str) -> str:
+    context = typer.Context(command, info_name=path)
+    usage = " ".join([path, *command.collect_usage_pieces(context)])
+    lines = [f"## {title}", "", f"`{usage}`", "", _text(command.help), ""]
+    records = [parameter.get_help_record(context) for parameter in command.params]
+    lines += [f"- `{_name(record[0])}`: {_text(record[1])}" for record in records if record]
     if command.epilog:
         lines += ["", "```text", *_examples(command.epilog), "```"]
     return "\n".join(lines) + "\n"
 
 
-def _names(parameter: Any) -> str:
-    """`--prompts N`, `MODEL`; a flag has no value to name."""
-    if parameter.param_type_name == "argument":
-        return f"`{parameter.metavar or parameter.name.upper()}`"
-    names = ", ".join(f"`{option}`" for option in [*parameter.opts, *parameter.secondary_opts])
-    return names if getattr(parameter, "is_flag", False) else f"{names} {_value(parameter)}"
-
-
-def _value(parameter: Any) -> str:
-    choices = getattr(parameter.type, "choices", None)
-    if choices:
-        return "`" + "|".join(str(getattr(choice, "value", choice)) for choice in choices) + "`"
-    return f"`{parameter.metavar or parameter.type.name.upper()}`"
-
-
-def _default(parameter: Any) -> str:
-    default = parameter.default
-    if parameter.required:
-        return " (required)"
-    if default is None or default is False or callable(default) or not parameter.show_default:
-        return ""
-    return f" (default: `{getattr(default, 'value', default)}`)"
+def _name(name: str) -> str:
+    """Without the Python type that Typer shows behind an argument that has a name for its value."""
+    return re.sub(r" <(str|path)>$", "", _text(name))
 
 
 def _text(text: str | None) -> str:

@@ -28,6 +28,11 @@ def _top_p(value: float) -> float:
     return value
 
 
+def split_list(text: str) -> list[str]:
+    """The parts of a comma-separated option, without spaces and empty parts."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
 

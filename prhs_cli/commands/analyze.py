@@ -54,7 +54,7 @@ def command(
     """
     out = Output(as_json=as_json, quiet=quiet)
     settings = {
-        "selectors": _names(selectors),
+        "selectors": options.split_list(selectors) if selectors else None,
         "budgets": _fractions(budgets),
         "context_length": context_length,
     }
@@ -110,13 +110,9 @@ def cells_table(data: dict[str, Any]) -> Any:
     return table(columns, rows, title=f"{data['num_prompts']} held-out prompts, {data['loop']} loop")
 
 
-def _names(text: str | None) -> list[str] | None:
-    return [part.strip() for part in text.split(",") if part.strip()] if text else None
-
-
 def _fractions(text: str | None) -> list[float] | None:
     try:
-        return [float(part) for part in text.split(",")] if text else None
+        return [float(part) for part in options.split_list(text)] if text else None
     except ValueError:
         raise typer.BadParameter(
             f"{text!r} is not a list of numbers such as 0.0625,0.125", param_hint="--budgets"

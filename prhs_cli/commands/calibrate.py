@@ -73,6 +73,9 @@ def command(
         from prhs_calibration.files import check_writable
 
         check_writable(output)
+    if dry_run:
+        cost = _cost(model, revision, prompts, fit_prompts, context_length)
+        return out.result(cost, pairs(cost, title="estimated cost"))
     from prhs_calibration import calibrate as library
 
     loaded = load_model(out, model, revision=revision, device=device, dtype=dtype)
@@ -86,7 +89,7 @@ def command(
             context_length=context_length,
             sources=corpus,
             seed=seed,
-            axes=frozenset(axis.strip() for axis in axes.split(",") if axis.strip()),
+            axes=frozenset(options.split_list(axes)),
             target=target,
             progress=progress,
         )

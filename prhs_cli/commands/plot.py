@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from prhs_cli import options
-from prhs_cli.commands import analyze
+from prhs_cli.commands import analyze, verify_bound
 from prhs_cli.loading import Source
 from prhs_cli.output import Output
 from prhs_kernels.errors import UsageError
@@ -16,17 +16,23 @@ from prhs_kernels.errors import UsageError
 EPILOG = """\b
 Examples:
   prhs plot posterior-bias                       the newest result, or a small analysis made for it
-  prhs plot posterior-bias result.json -o figure.pdf"""
+  prhs plot posterior-bias result.json -o figure.pdf
+  prhs plot bound                                the newest result of verify-bound
+  prhs plot risk reference.safetensors           the risk curve of a bundle"""
 
 SMALL = 4  # prompts of the analysis that is made when there is no result
 
 
 def command(
-    figure: Annotated[Literal["posterior-bias"], typer.Argument(help="What to draw.", show_default=False)],
+    figure: Annotated[
+        Literal["posterior-bias", "bound", "risk"], typer.Argument(help="What to draw.", show_default=False)
+    ],
     result: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RESULT]", help="Result file; without it the newest one.", show_default=False
+            metavar="[RESULT]",
+            help="Result file (risk: a bundle); without it the newest.",
+            show_default=False,
         ),
     ] = None,
     output: Annotated[
@@ -42,29 +48,49 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw a figure from a result file of `prhs analyze`."""
+    """Draw a figure from a result file of analyze or verify-bound, or from a bundle."""
     out = Output(as_json=as_json, quiet=quiet)
     path = output or Path(f"{figure}.png")
     from prhs_calibration.files import check_writable
-    from prhs_calibration.results import read_result
-    from prhs_cli.plots import posterior_bias, style
+    from prhs_cli.plots import style
 
     if path.suffix.lower() not in style.FORMATS:
         raise UsageError(f"output {path}: the ending must be one of {', '.join(style.FORMATS)}")
     check_writable(path)
-    source = result or _newest_or_small(out, figure)
-    posterior_bias.draw(read_result(source, kind=figure), path)
+    source = result or _newest(figure) or _small(out, figure)
+    if result is None:
+        out.note(f"drawing {source}")
+    _draw(figure, source, path)
     out.result({"figure": str(path), "result": str(source)}, f"wrote {path}")
 
 
-def _newest_or_small(out: Output, figure: str) -> Path:
-    from prhs_calibration import results
+def _draw(figure: str, source: Path, path: Path) -> None:
+    if figure == "risk":
+        from prhs_calibration.bundle import Bundle
+        from prhs_cli.plots import risk
 
-    found = results.newest(figure)
-    if found is not None:
-        out.note(f"drawing {found}")
-        return found
-    out.note(
-        f"no result yet: analyzing {SMALL} prompts on the embedded model; `prhs analyze {figure}` does more"
-    )
-    return analyze.run(out, figure, Source(), None, seed=0, num_prompts=SMALL)[0]
+        return risk.draw(Bundle.load(source), path)
+    from prhs_calibration.results import read_result
+    from prhs_cli.plots import bound, posterior_bias
+
+    draw = {"bound": bound.draw, "posterior-bias": posterior_bias.draw}[figure]
+    draw(read_result(source, kind=figure), path)
+
+
+def _newest(figure: str) -> Path | None:
+    if figure != "risk":
+        from prhs_calibration import results
+
+        return results.newest(figure)
+    from prhs_calibration import bundle_store
+
+    usable = [stored.path for stored in bundle_store.list_bundles() if stored.problem is None]
+    return usable[0] if usable else bundle_store.reference_bundle_path()
+
+
+def _small(out: Output, figure: str) -> Path:
+    """A result made for the figure, so that a newcomer sees one."""
+    out.note(f"no result yet: making one from {SMALL} prompts on the embedded model")
+    if figure == "bound":
+        return verify_bound.run(out, Source(), None, 0, None, num_prompts=SMALL)[0]
+    return analyze.run(out, figure, Source(), None, 0, num_prompts=SMALL)[0]

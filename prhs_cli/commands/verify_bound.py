@@ -47,30 +47,31 @@ def command(
     of dense and sparse attention per layer and head, and compares them with δ and the bounds it implies.
     """
     out = Output(as_json=as_json, quiet=quiet)
-    from prhs_calibration import results
-    from prhs_calibration.verify import verify_bound
-
-    path = results.output_path(output, KIND)
-    loaded, chosen = Source(model, bundle, revision, device, dtype).open(out)
-    with interruptible("no result was written"), out.progress() as progress:
-        report = verify_bound(
-            loaded,
-            chosen,
-            delta=chosen.metadata.delta if delta is None else delta,
-            num_prompts=prompts,
-            confidence=confidence,
-            context_length=context_length,
-            sources=corpus,
-            seed=seed,
-            progress=progress,
-        )
-    made, data = conditions(loaded, chosen, seed), report.to_dict()
-    results.write_result(path, KIND, made, data)
-    out.result(results.envelope(KIND, made, data), *_render(data), f"wrote {path}")
+    source = Source(model, bundle, revision, device, dtype)
+    settings = {"context_length": context_length, "sources": corpus, "confidence": confidence}
+    path, result, report = run(out, source, output, seed, delta, num_prompts=prompts, **settings)
+    out.result(result, *_render(result["data"]), f"wrote {path}")
     if report.case is not None:
         out.note(f"a theorem failed numerically, which is a bug: please report {_save_case(path, report)}")
     if report.verdict == "violated" or (strict and report.verdict == "undecided"):
         raise typer.Exit(errors.VIOLATED)
+
+
+def run(
+    out: Output, source: Source, output: Path | None, seed: int, delta: float | None, **settings: Any
+) -> tuple[Path, dict[str, Any], VerificationReport]:
+    """Verify and write the result file; return its path, content and report. Default δ: the bundle's."""
+    from prhs_calibration import results
+    from prhs_calibration.verify import verify_bound
+
+    path = results.output_path(output, KIND)
+    loaded, bundle = source.open(out)
+    asked = bundle.metadata.delta if delta is None else delta
+    with interruptible("no result was written"), out.progress() as progress:
+        report = verify_bound(loaded, bundle, delta=asked, seed=seed, progress=progress, **settings)
+    made, data = conditions(loaded, bundle, seed), report.to_dict()
+    results.write_result(path, KIND, made, data)
+    return path, results.envelope(KIND, made, data), report
 
 
 def _save_case(path: Path, report: VerificationReport) -> Path:

@@ -1,0 +1,71 @@
+"""Prompts to tokens and back."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from prhs_cli.prompting import Detokenizer, encode_prompt, new_token_limit, stop_token_ids
+from prhs_kernels.errors import InputError
+from prhs_kernels.testing.models import tiny_tokenizer
+
+
+class ByteTokenizer:
+    """One token per byte: characters outside ASCII span several tokens."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+def test_characters_are_never_split() -> None:
+    text = "naïve – 注意力 🙂!"
+    words = Detokenizer(ByteTokenizer())
+    pieces = [words.add(token) for token in text.encode()]
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert words.finish() == ""
+
+
+def test_an_unfinished_character_is_shown_at_the_end() -> None:
+    words = Detokenizer(ByteTokenizer())
+    assert [words.add(token) for token in "a🙂".encode()[:-1]] == ["a", "", "", ""]
+    assert "\ufffd" in words.finish()
+
+
+class WordTokenizer:
+    """Like SentencePiece: the space before a word shows only when something precedes it."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(f"word{token}" for token in ids)
+
+
+def test_spaces_between_words_survive() -> None:
+    words = Detokenizer(WordTokenizer())
+    assert "".join(words.add(token) for token in range(4)) == "word0 word1 word2 word3"
+
+
+def test_chat_template_is_used_unless_raw() -> None:
+    tokenizer: Any = tiny_tokenizer()
+    plain = encode_prompt(tokenizer, "hello", raw=False)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}A:"
+    assert tokenizer.decode(encode_prompt(tokenizer, "hello", raw=False)) == "[user]helloA:"
+    assert encode_prompt(tokenizer, "hello", raw=True) == plain
+
+
+def test_context_limits_the_new_tokens() -> None:
+    assert new_token_limit(100, 50, 512) == 50
+    assert new_token_limit(500, 50, 512) == 12
+    for prompt in (512, 600):
+        with pytest.raises(InputError, match="shorten the prompt"):
+            new_token_limit(prompt, 50, 512)
+
+
+@pytest.mark.parametrize(
+    ("configured", "own", "expected"), [(None, None, ()), (None, 2, (2,)), (5, 2, (5,)), ([5, 6], 2, (5, 6))]
+)
+def test_stop_tokens(configured: Any, own: int | None, expected: tuple[int, ...]) -> None:
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=configured))
+    assert stop_token_ids(model, SimpleNamespace(eos_token_id=own)) == expected
