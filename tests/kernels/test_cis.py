@@ -302,9 +302,15 @@ def test_the_gate_says_which_cosine(gate: Gate, shared: bool) -> None:
 
 
 def test_the_threshold_is_strict_and_one_means_never() -> None:
-    stream = constant(make_stream(batch=1, steps=6, seed=1))
+    """On unit vectors, whose cosines are exactly 1 and 0."""
+    stream = make_stream(batch=1, steps=6)
+    stream.query = torch.eye(HEAD_DIM, dtype=torch.float64)[0].expand_as(stream.query).clone()
     assert run(stream, make_params(stream, budget_tokens=3, tau_cos=1.0)).retrieved.all()
     assert not run(stream, make_params(stream, budget_tokens=3, tau_cos=0.999)).retrieved[:, :, 1:].any()
+    stream.query[:, :, 3] = stream.query[:, :, 3].roll(1, dims=-1)
+    for tau, shared in ((0.0, False), (-1e-6, True)):
+        params = make_params(stream, budget_tokens=3, tau_cos=tau, reanchor=False)
+        assert run(stream, params).retrieved[0, 0].tolist() == [True, False, False, not shared, False, False]
 
 
 def test_the_scale_of_queries_does_not_matter_to_the_gate() -> None:
