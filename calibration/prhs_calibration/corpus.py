@@ -1,8 +1,8 @@
-"""Prompts for calibration and verification: real text, about half of it with planted facts that are asked for.
+"""Prompts for calibration and verification: real text, half of it with planted facts that are asked for.
 
-Text is cut once and for all into small regions which a fixed permutation deals to three splits. Prompts of different
-splits never share a region, whatever seeds, counts and lengths are asked for, and because the deal is random, prompts
-of the three splits are exchangeable, which conformal risk control needs.
+Text is cut once and for all into small regions which a fixed permutation deals to three splits. Prompts of
+different splits never share a region, whatever seeds, counts and lengths are asked for. Because the deal is
+random, prompts of the three splits are exchangeable, which conformal risk control needs.
 """
 
 import hashlib
@@ -26,12 +26,15 @@ MIN_LENGTH = 512  # tokens of the shortest prompt, or half of the context if tha
 REGION_CHARS = 6000
 _DEAL_SEED = "prhs-corpus-1"  # fixed: which region belongs to which split must not depend on the user's seed
 _SLACK_CHARS = 64
+_TOKENS_PER_FACT = 85  # of prompt per planted fact at least, so that most of a short prompt is text too
+_FIRST_PLACE = 0.05  # share of the text in front of which no fact is planted
+_MAX_SURPLUS = 0.02  # of the length; less than _FIRST_PLACE, so that no fact is cut off
 
 
 class Tokenizer(Protocol):
-    """What prompts need of a tokenizer: `tokenizer(text).input_ids`, special tokens added as the model expects."""
+    """What prompts need of a tokenizer: calling it gives ids with the special tokens the model expects."""
 
-    def __call__(self, text: str) -> "Encoding": ...
+    def __call__(self, text: str, *, verbose: bool = ...) -> "Encoding": ...
 
 
 class Encoding(Protocol):
@@ -44,7 +47,7 @@ class Encoding(Protocol):
 class Prompt:
     """One prompt; the tokens from `prefill_length` on are teacher-forced decode steps.
 
-    kind: "text" or "recall" (question and answer lie in the decode steps); text_hash: SHA-256 of ids and prefill.
+    kind: "text" or "recall" (question and answer lie in the decode steps); text_hash: see `text_hash`.
     """
 
     input_ids: list[int]
@@ -66,7 +69,7 @@ def build(
     """Draw `count` prompts of one split, lengths uniform from 512 to `context_length` tokens of `tokenizer`.
 
     Built-in text without `sources`; else the text of these files and folders, with nothing planted in it.
-    Raises InputError when a source cannot be read or holds too little text, UsageError on sizes that cannot be meant.
+    Raises InputError when a source cannot be read or holds too little text, UsageError on impossible sizes.
     """
     _check_sizes(count, context_length, decode_steps, split)
     text = _TextStream(read_sources(sources) if sources else built_in_text(), split, seed, bool(sources))
@@ -75,12 +78,12 @@ def build(
     prompts = []
     for index in range(count):
         length = rng.randint(shortest, context_length)
-        kind = "recall" if not sources and rng.random() < RECALL_SHARE else "text"
-        ids = _assemble(tokenizer, text, length, _draw(rng, kind, decode_steps))
+        planted = not sources and length >= _TOKENS_PER_FACT and rng.random() < RECALL_SHARE
+        ids = _assemble(tokenizer, text, length, _draw(rng, length) if planted else [])
         if ids is None:
             raise InputError(text.shortage(index, count, (shortest + context_length) // 2))
         prefill = length - decode_steps
-        prompts.append(Prompt(ids, prefill, kind, text_hash(ids, prefill)))
+        prompts.append(Prompt(ids, prefill, "recall" if planted else "text", text_hash(ids, prefill)))
     return prompts
 
 
@@ -89,14 +92,17 @@ def recall_prompt(
 ) -> tuple[str, str]:
     """(prompt, answer): real held-out text of at least `num_tokens` tokens that ends in a question.
 
-    The fact asked for stands in the first third, facts about other names anywhere. `with_fact=False` gives the same
-    prompt without that one sentence (some 15 tokens shorter), whose answer cannot be known.
+    The fact asked for stands in the first third, facts about other names anywhere. `with_fact=False` gives
+    the same prompt without that one sentence (some 15 tokens shorter), so that its answer cannot be known.
     """
     rng = Random(f"{seed}/recall")
     fact, *others = draw_facts(rng, 1 + num_distractors, demo=True)
     stream = _TextStream(built_in_text(), "verify", seed, False)
     question = "\n" + fact.question
-    placed = [(rng.uniform(0.05, 0.30), fact), *((rng.uniform(0.05, 0.95), other) for other in others)]
+    placed = [
+        (rng.uniform(_FIRST_PLACE, 0.30), fact),
+        *((rng.uniform(0.05, 0.95), other) for other in others),
+    ]
     text = stream.take(8 * num_tokens)
     if text is None:
         raise UsageError(
@@ -109,7 +115,7 @@ def recall_prompt(
     low, high = 1, len(text)
     while low < high:  # smallest number of characters that reaches num_tokens
         middle = (low + high) // 2
-        if len(tokenizer(prompt(middle, placed)).input_ids) >= num_tokens:
+        if len(_encode(tokenizer, prompt(middle, placed))) >= num_tokens:
             high = middle
         else:
             low = middle + 1
@@ -188,19 +194,18 @@ def _dealt(num_regions: int) -> dict[str, list[int]]:
     return dealt
 
 
-def _draw(rng: Random, kind: str, decode_steps: int) -> list[tuple[float, Fact]]:
-    """Facts with their place (share of the text before the decode steps); the first one is asked for."""
-    if kind == "text":
-        return []
-    return [(rng.uniform(0.02, 0.98), fact) for fact in draw_facts(rng, rng.randint(1, 6))]
+def _draw(rng: Random, length: int) -> list[tuple[float, Fact]]:
+    """Facts with their place (share of the text); the first one is asked for."""
+    count = rng.randint(1, min(6, length // _TOKENS_PER_FACT))
+    return [(rng.uniform(_FIRST_PLACE, 0.98), fact) for fact in draw_facts(rng, count)]
 
 
 def _assemble(
     tokenizer: Tokenizer, stream: _TextStream, length: int, facts: list[tuple[float, Fact]]
 ) -> list[int] | None:
-    """Exactly `length` tokens: text with the facts planted, ending in question and answer; None without enough text.
+    """Exactly `length` tokens: text with facts planted, ending in question and answer; None if text runs out.
 
-    Surplus tokens are dropped from the front of the text, so that the tokens are the tokenizer's own at the end.
+    Text is taken until there are enough tokens; a surplus is dropped from the front, where no fact is placed.
     """
     text, chars = "", 3 * length
     ending = f"\n{facts[0][1].question}{facts[0][1].answer}" if facts else ""
@@ -209,11 +214,15 @@ def _assemble(
         if more is None:
             return None
         text += more
-        ids = list(tokenizer(_plant(text, facts) + ending).input_ids)
+        ids = _encode(tokenizer, _plant(text, facts) + ending)
         surplus = len(ids) - length
+        while surplus > _MAX_SURPLUS * length and (excess := int(0.7 * surplus * len(text) / len(ids))):
+            text = text[excess:]
+            ids = _encode(tokenizer, _plant(text, facts) + ending)
+            surplus = len(ids) - length
         if surplus >= 0:
             break
-        chars = int(1.15 * -surplus * len(text) / max(1, len(ids))) + _SLACK_CHARS
+        chars = int(-surplus * len(text) / max(1, len(ids))) + _SLACK_CHARS
     special = _num_leading_special(tokenizer)
     return ids[:special] + ids[special + surplus :]
 
@@ -227,9 +236,14 @@ def _plant(text: str, facts: list[tuple[float, Fact]]) -> str:
     return text
 
 
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of the text, without the warning that it is longer than the model's context (it is cut later)."""
+    return list(tokenizer(text, verbose=False).input_ids)
+
+
 def _num_leading_special(tokenizer: Tokenizer) -> int:
     """How many special tokens the tokenizer puts in front (a `<s>`, mostly)."""
-    plain, other = list(tokenizer("a").input_ids), list(tokenizer("b").input_ids)
+    plain, other = _encode(tokenizer, "a"), _encode(tokenizer, "b")
     count = 0
     while count < min(len(plain), len(other)) - 1 and plain[count] == other[count]:
         count += 1

@@ -10,7 +10,7 @@ SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 
 
 def read_sources(sources: Sequence[Path]) -> str:
-    """Text of all files (folders recursively), in path order. InputError names the file that cannot be used."""
+    """Text of all files (folders recursively), in path order. InputError names a file that cannot be used."""
     texts = [_read(path) for source in sources for path in _files(source)]
     text = "\n".join(part for part in texts if part.strip())
     if not text:

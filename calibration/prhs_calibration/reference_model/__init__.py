@@ -1,4 +1,4 @@
-"""The embedded model `reference`: weights, tokenizer, held-out text, and everything needed to train it again."""
+"""The embedded model `reference`: weights, tokenizer, held-out text, and what trains it again."""
 
 from importlib.resources import files
 from pathlib import Path

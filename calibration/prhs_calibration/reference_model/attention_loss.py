@@ -1,7 +1,7 @@
 """Auxiliary loss on the attention of two heads, from which recall starts.
 
-An early head is taught to look two tokens back, a middle head to look from a question's answer to the digit that was
-planted. Neither target needs attention matrices: only the rows that are scored are computed.
+An early head is taught to look two tokens back, a middle head to look from a question's answer to the digit
+that was planted. Neither target needs attention matrices: only the rows that are scored are computed.
 """
 
 from typing import Any
@@ -51,7 +51,7 @@ class AttentionTap:
         model.set_attn_implementation(NAME)  # type: ignore[operator]
 
     def losses(self, answers: Tensor, planted: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Cross-entropy in nats of (early head to token t - 2, middle head to the planted digit), then forget.
+        """Cross-entropy in nats of (early head to token t - 2, middle head to planted digit), then forget.
 
         answers, planted: [B, A] int64 positions, -1 padded; the row that predicts answer a is a - 1.
         """
@@ -66,7 +66,7 @@ class AttentionTap:
 
 
 def _row_loss(query: Tensor, key: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of the attention rows `rows` [B, R] (negative = absent) of one head against `targets`."""
+    """Mean cross-entropy of one head's attention rows `rows` [B, R] against `targets` (negative = absent)."""
     index = rows.clamp(min=0)[..., None].expand(-1, -1, query.shape[-1])
     with torch.autocast(query.device.type, enabled=False):
         logits = query.float().gather(1, index) @ key.float().transpose(1, 2) * query.shape[-1] ** -0.5

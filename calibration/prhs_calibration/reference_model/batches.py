@@ -23,8 +23,8 @@ class Batch:
     """Arrays of one step.
 
     ids [B, T] int64; text_mask [B, T] bool, true where token t is predictable text (scored as a target);
-    answers [B, A] int64, positions of the answers' digits, -1 padded; planted [B, A], position of the same digit
-    where the fact was planted.
+    answers [B, A] int64, positions of the answers' digits, -1 padded; planted [B, A], position of the same
+    digit where the fact was planted.
     """
 
     ids: npt.NDArray[np.int64]
@@ -46,7 +46,7 @@ class _Row:
 
 
 class BatchSource:
-    """Draws batches from a tokenised text. Map-style data set over steps, so that workers stay deterministic."""
+    """Draws batches from a tokenised text. Map-style data set over steps: workers stay deterministic."""
 
     def __init__(
         self, tokenizer: "PreTrainedTokenizerFast", tokens: npt.NDArray[np.uint16], seed: int
@@ -138,7 +138,7 @@ class BatchSource:
     def _places(
         self, rng: Random, num_facts: int, asked: list[int], start: int, size: int
     ) -> list[tuple[int, bool, int]]:
-        """Sorted (offset in the text, is a question, fact index); facts anywhere, each question after its fact."""
+        """Sorted (offset in the text, is a question, fact index); each question comes after its fact."""
         starts = np.flatnonzero(self.line_starts[start : start + size]).tolist()
         events: list[tuple[int, bool, int]] = []
         at_end = rng.random() < 0.7
@@ -160,7 +160,7 @@ class BatchSource:
 
 
 def _fit(row: _Row, length: int) -> _Row:
-    """Cut to `length` (only ever the end, and answers beyond it with it); rows shorter by rounding are padded."""
+    """Cut the end to `length`, and the answers beyond it with it; pad what is shorter."""
     kept = [(a, p) for a, p in zip(row.answers, row.planted, strict=True) if a < length]
     missing = max(0, length - len(row.ids))
     ids = (row.ids + [EOS_ID] * missing)[:length]

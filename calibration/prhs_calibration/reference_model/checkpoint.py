@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prhs_kernels.errors import InputError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from prhs_kernels.errors import InputError
 
 
 def save_state(

@@ -45,8 +45,8 @@ def split(
     """Split by file into (training, held-out).
 
     Held-out files are library modules (no tests) in the order of the hash of their path until there are
-    `held_out_chars` characters of them. Modules with a licence notice of their own are never held out, because
-    held-out text is redistributed: what ships is under the Python licence alone.
+    `held_out_chars` characters of them. Modules with a licence notice of their own are never held out,
+    because held-out text is redistributed: what ships is under the Python licence alone.
     """
     eligible = [name for name, text in sources.items() if not _is_test(name) and not _NOTICE.search(text)]
     eligible = [name for name in eligible if not name.startswith("pydoc_data/")]
@@ -63,7 +63,7 @@ def split(
 
 
 def training_files() -> dict[str, str]:
-    """Training text of the running Python: every source whose path is not among the shipped held-out files."""
+    """Training text of the running Python: every source whose path is not a shipped held-out file."""
     held_out = held_out_files()
     return {name: text for name, text in stdlib_files().items() if name not in held_out}
 

@@ -26,8 +26,8 @@ def recall_by_length(
 ) -> dict[int, float]:
     """Share of `count` prompts per length (tokens, answer included) whose whole number is answered right.
 
-    One forward per prompt: every answer token is the argmax given those before it exactly when greedy decoding
-    writes the answer, so decoding step by step would tell the same.
+    One forward per prompt: every answer token is the argmax given those before it exactly when greedy
+    decoding writes the answer, so decoding step by step would tell the same.
     """
     shares = {}
     for length in lengths:
@@ -42,7 +42,7 @@ def recall_by_length(
 
 
 def recall_item(tokenizer: "PreTrainedTokenizerBase", length: int, rng: Random) -> list[int]:
-    """Token ids of exactly `length` tokens: held-out text with 1 to 6 facts in it, one asked and answered at the end.
+    """Token ids of exactly `length` tokens: held-out text with 1 to 6 facts in it, one asked for at the end.
 
     The fact asked for stands anywhere before the question. Any sentence form may be drawn.
     """
@@ -61,7 +61,7 @@ def recall_item(tokenizer: "PreTrainedTokenizerBase", length: int, rng: Random) 
     for index in range(len(body) + 1):
         rows += [token for at, ids in cut if at == index for token in ids]
         rows += body[index] if index < len(body) else []
-    filler = tokenizer(text[: 4 * length], add_special_tokens=False).input_ids
+    filler = tokenizer(text[: 4 * length], add_special_tokens=False, verbose=False).input_ids
     rows = filler[: length - 1 - len(ending) - len(rows)] + rows
     return [tokenizer.bos_token_id, *rows, *ending]
 
@@ -71,7 +71,8 @@ def evaluate_checkpoint(folder: Path, *, count: int = 100, device: str = "cpu") 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    model.to(device).eval()  # type: ignore[arg-type]
     shares = recall_by_length(model, tokenizer, count=count)
     return {"prompts_per_length": count, "recall": {str(length): share for length, share in shares.items()}}
 

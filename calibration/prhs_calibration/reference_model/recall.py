@@ -1,6 +1,6 @@
 """Facts to plant in text and to ask for later: a random number under a name, in plain English sentences.
 
-Names and sentence forms are shared by training and evaluation; numbers are always drawn afresh, and evaluation
+Names and sentence forms are shared by training and evaluation; numbers are drawn afresh, and evaluation
 plants them in text that training has not seen.
 """
 
@@ -33,20 +33,22 @@ QUESTIONS = (
 DEMO_STATEMENT, DEMO_QUESTION = STATEMENTS[0], QUESTIONS[0]
 
 _PLACES = (
-    "Oslo Lima Cairo Paris Tokyo Delhi Quito Accra Berlin Madrid Vienna Prague Dublin Lisbon Athens Warsaw Geneva "
-    "Boston Denver Austin Dallas Seattle Chicago Toronto Montreal Havana Bogota Santiago Nairobi Lagos Dakar Tunis "
-    "Algiers Tripoli Amman Beirut Ankara Tehran Baghdad Kabul Karachi Mumbai Chennai Dhaka Colombo Bangkok Hanoi "
-    "Manila Jakarta Perth Sydney Auckland Suva Seoul Osaka Kyoto Beijing Shanghai Taipei Moscow Kiev Minsk Riga "
-    "Tallinn Vilnius Helsinki Stockholm Bergen Malmo Aarhus Hamburg Munich Cologne Zurich Basel Milan Turin Naples "
-    "Venice Verona Seville Valencia Porto Lyon Nantes Lille Ghent Bruges Utrecht Leiden Cardiff Belfast Glasgow "
-    "Leeds York Oxford Dover Bristol Zagreb Split Skopje Sofia Varna Bucharest Budapest Belgrade Sarajevo"
+    "Oslo Lima Cairo Paris Tokyo Delhi Quito Accra Berlin Madrid Vienna Prague Dublin Lisbon Athens "
+    "Warsaw Geneva Boston Denver Austin Dallas Seattle Chicago Toronto Montreal Havana Bogota Santiago "
+    "Nairobi Lagos Dakar Tunis Algiers Tripoli Amman Beirut Ankara Tehran Baghdad Kabul Karachi Mumbai "
+    "Chennai Dhaka Colombo Bangkok Hanoi Manila Jakarta Perth Sydney Auckland Suva Seoul Osaka Kyoto "
+    "Beijing Shanghai Taipei Moscow Kiev Minsk Riga Tallinn Vilnius Helsinki Stockholm Bergen Malmo "
+    "Aarhus Hamburg Munich Cologne Zurich Basel Milan Turin Naples Venice Verona Seville Valencia Porto "
+    "Lyon Nantes Lille Ghent Bruges Utrecht Leiden Cardiff Belfast Glasgow Leeds York Oxford Dover "
+    "Bristol Zagreb Split Skopje Sofia Varna Bucharest Budapest Belgrade Sarajevo"
 ).split()
 _PEOPLE = (
-    "Alice Bob Carol David Emma Frank Grace Henry Irene Jack Karen Louis Maria Nancy Oscar Peter Quinn Rachel Simon "
-    "Teresa Victor Walter Yvonne Aaron Bella Chloe Daniel Elena Felix George Hannah Isaac Julia Kevin Laura Martin "
-    "Nora Olivia Paul Rosa Samuel Thomas Ursula Vera William Adam Brenda Cedric Diana Edgar Fiona Gavin Helga Ivan "
-    "Joan Klaus Linda Marcus Nina Otto Paula Ralph Sonia Tobias Vivian Amir Bianca Carlos Daphne Ernest Farah "
-    "Gilbert Hilda Ingrid Jonas Kirsten Leonard Miriam Norman Ophelia Patrick Ramona Stefan Tamara Ulrich"
+    "Alice Bob Carol David Emma Frank Grace Henry Irene Jack Karen Louis Maria Nancy Oscar Peter Quinn "
+    "Rachel Simon Teresa Victor Walter Yvonne Aaron Bella Chloe Daniel Elena Felix George Hannah Isaac "
+    "Julia Kevin Laura Martin Nora Olivia Paul Rosa Samuel Thomas Ursula Vera William Adam Brenda Cedric "
+    "Diana Edgar Fiona Gavin Helga Ivan Joan Klaus Linda Marcus Nina Otto Paula Ralph Sonia Tobias Vivian "
+    "Amir Bianca Carlos Daphne Ernest Farah Gilbert Hilda Ingrid Jonas Kirsten Leonard Miriam Norman "
+    "Ophelia Patrick Ramona Stefan Tamara Ulrich"
 ).split()
 _STARTS = "Bal Cor Dar Fen Gar Hol Jor Kel Lor Mar Nor Pel Quar Ros Sel Tor Ul Ven Wil Zan".split()
 _MIDDLES = "a e i o u ama eri ino olo una ebi aki".split()

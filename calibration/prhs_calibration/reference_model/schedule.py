@@ -1,4 +1,4 @@
-"""What changes while training: sequence length, learning rate, weight of the attention loss. All of progress only."""
+"""What changes while training: sequence length, learning rate, attention loss; all of progress only."""
 
 import math
 

@@ -1,7 +1,7 @@
 """Train the embedded model from scratch: `python -m prhs_calibration.reference_model.train --minutes 45`.
 
-One script for two CPU cores and for a GPU. Seeded and resumable: with `--tokens` a run that was interrupted and
-resumed ends with the same bits (on the same machine); with `--minutes` the schedule follows the clock.
+One script for two CPU cores and for a GPU. Seeded and resumable: with `--tokens` a run that was interrupted
+and resumed ends with the same bits (on the same machine); with `--minutes` the schedule follows the clock.
 """
 
 import argparse
@@ -67,9 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, kind in (("text", Path), ("state", Path), ("minutes", float), ("peak-lr", float)):
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     parser.add_argument("--weight-decay", type=float, default=argparse.SUPPRESS)
-    for (
-        name
-    ) in "tokens seed hidden layers ffn context-length tokens-per-step workers save-every log-every".split():
+    sizes = "tokens seed hidden layers ffn context-length tokens-per-step workers save-every log-every"
+    for name in sizes.split():
         parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true")
@@ -89,7 +88,7 @@ def train(options: TrainingOptions) -> "LlamaForCausalLM":
 
 
 def make_tokenizer(options: TrainingOptions, texts: dict[str, str]) -> "PreTrainedTokenizerFast":
-    """The tokenizer in `out` if there is one, else trained on library modules and recall sentences and saved."""
+    """The tokenizer in `out` if there is one, else one trained on modules and recall sentences, and saved."""
     from random import Random
 
     from transformers import PreTrainedTokenizerFast
@@ -140,7 +139,8 @@ def save_weights(model: "LlamaForCausalLM", out: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig.from_dict({**model.config.to_dict(), "dtype": "bfloat16"})
-    rounded = LlamaForCausalLM(config).to(torch.bfloat16)
+    rounded = LlamaForCausalLM(config)
+    rounded.to(torch.bfloat16)  # type: ignore[arg-type]
     rounded.load_state_dict(model.state_dict())
     rounded.save_pretrained(str(out))
 
@@ -150,7 +150,8 @@ class _Run:
 
     def __init__(self, options: TrainingOptions, source: BatchSource, held_out: BatchSource) -> None:
         self.options, self.source, self.held_out = options, source, held_out
-        self.model = new_model(options).to(options.device)
+        self.model = new_model(options)
+        self.model.to(options.device)  # type: ignore[arg-type]
         self.tap = AttentionTap(options.layers)
         self.tap.install(self.model)
         self.optimizer = torch.optim.AdamW(
@@ -199,7 +200,7 @@ class _Run:
                 self.source,  # type: ignore[arg-type]
                 batch_size=None,
                 sampler=range(self.step, 1 << 40),
-                collate_fn=_as_is,
+                collate_fn=_as_is,  # type: ignore[arg-type]
                 num_workers=workers,
                 prefetch_factor=8 if workers else None,
             )
@@ -227,7 +228,7 @@ class _Run:
                 loss = loss + weight * (early + middle)
                 figures |= {"attention_early": early.detach(), "attention_middle": middle.detach()}
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         return figures
@@ -262,7 +263,7 @@ class _Run:
 
 
 def score(model: "LlamaForCausalLM", batch: Batch, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean nats per text token, mean nats per answer digit, share of answers with every digit greedily right)."""
+    """(mean nats per text token, mean nats per answer digit, share of answers right in every digit)."""
     ids = torch.from_numpy(batch.ids).to(device, non_blocking=True)
     logits = model(input_ids=ids, use_cache=False).logits
     nats = functional.cross_entropy(
