@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from prhs_calibration import corpus, fit, risk
+from prhs_calibration import corpus, fit, memory, risk
 from prhs_calibration.bundle import Bundle
 from prhs_calibration.bundle_format import BundleMetadata
 from prhs_calibration.corpus import Prompt
 from prhs_calibration.models import LoadedModel
-from prhs_calibration.profile import Progress, closed_loop_losses, observe
+from prhs_calibration.profile import DECODE_STEPS, Progress, closed_loop_losses, observe
 from prhs_calibration.statistics import DepthStatistics, TimeStatistics
 from prhs_kernels.errors import UsageError
 from prhs_kernels.params import DepthParams, FreezeMode, LayerParams, SelectorParams, TimeParams
@@ -93,10 +93,18 @@ def calibrate(
         "fit": fit_prompts or fit_prompts_for(num_prompts),
         "select": num_prompts,
     }
+    needed = memory.run_bytes(loaded.model.config, length, loaded.model.dtype, DECODE_STEPS)
+    memory.check_memory(needed, loaded.model.device, f"calibration prompts of {length} tokens")
     report("corpus", 0, 1)
     prompts = {
         split: corpus.build(
-            loaded.tokenizer, count=count, context_length=length, seed=seed, split=split, sources=sources
+            loaded.tokenizer,
+            count=count,
+            context_length=length,
+            seed=seed,
+            split=split,
+            sources=sources,
+            decode_steps=DECODE_STEPS,
         )
         for split, count in sizes.items()
     }
@@ -127,7 +135,7 @@ def calibrate(
         num_local=NUM_LOCAL,
         freeze_mode=fitted.freeze_mode.name.lower(),
         library_versions=_versions(),
-        report=fitted.report,
+        report={**fitted.report, "corpus": "given" if sources else "built-in"},
     )
     bundle = Bundle(metadata, {**fitted.tensors(), "risk/loss": torch.tensor(losses, dtype=torch.float32)})
     return CalibrationOutcome(bundle, _summary(bundle, choice, fitted))
@@ -139,12 +147,13 @@ def estimate_cost(
     num_prompts: int,
     fit_prompts: int | None = None,
     context_length: int,
-    decode_steps: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    decode_steps: int = DECODE_STEPS,
 ) -> Cost:
     """Tokens, FLOPs and peak memory of a calibration, for `--dry-run`; counts the built-in prompts as full
     length.
 
-    Peak bytes: the KV cache of one prompt in bf16 and four fp32 tables of one layer's decode rows.
+    Peak bytes: what `memory.run_bytes` says of one prompt, prompts being run one after another.
     """
     shape = dense_params(config)
     fit_count = fit_prompts or fit_prompts_for(num_prompts)
@@ -157,9 +166,8 @@ def estimate_cost(
     scores = 4 * shape.num_layers * shape.num_qo_heads * shape.head_dim
     prefill, decode = passes * context_length, decode_passes * decode_steps
     flops = 2 * weights * (prefill + decode) + scores * context_length * (prefill / 2 + decode)
-    cache = 4 * shape.num_layers * shape.num_kv_heads * shape.head_dim * context_length
-    rows = 4 * 4 * shape.num_qo_heads * decode_steps * context_length
-    return Cost(num_prompts + fit_count, prefill, decode, float(flops), cache + rows)
+    peak = memory.run_bytes(config, context_length, dtype, decode_steps)
+    return Cost(num_prompts + fit_count, prefill, decode, float(flops), peak)
 
 
 @dataclasses.dataclass
@@ -238,7 +246,8 @@ class _Fit:
         return dataclasses.replace(self.params, layer=layer)
 
     def _settle(self, axis: str, schedule: fit.Schedule | None, params: Any) -> None:
-        """Weaken a schedule until it costs at most its share of δ in closed loop, on top of the axes before."""
+        """Weaken a schedule until it costs at most its share of δ in closed loop, on top of the axes
+        before."""
         before = 0.0 if self.params.is_dense else self._closed_loop(f"{axis} check", self.params)
         allowed = before + AXIS_SHARE * self.delta
         while schedule is not None and schedule.pays(self.base.num_layers):

@@ -6,8 +6,10 @@ import os
 import pathlib
 
 import torch
+from transformers import PreTrainedConfig
 
 from prhs_kernels.errors import ResourceError
+from prhs_kernels.runtime.attach import dense_params
 
 GIB = 2**30  # bytes
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
@@ -33,6 +35,20 @@ def check_memory(needed: int, device: torch.device, what: str) -> None:
             f"not enough memory on {device} for {what}: {needed / GIB:.1f} GiB needed, {free / GIB:.1f} GiB "
             "available; free some, or choose a smaller model, another device or bf16"
         )
+
+
+def run_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, steps: int = 1) -> int:
+    """Bytes that a pass over `tokens` needs beyond the weights: KV cache, one layer's activations, score
+    rows.
+
+    `steps` decode steps are scored at a time (1 when generating). Five fp32 tables of one layer's rows cover
+    scores, dense and sparse attention and what statistics keep of them.
+    """
+    shape = dense_params(config)
+    cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * tokens
+    widths = 3 * config.intermediate_size + 4 * config.hidden_size + 3 * shape.num_qo_heads * shape.head_dim
+    rows = 5 * shape.num_qo_heads * steps * tokens + 2 * steps * config.vocab_size
+    return int(dtype.itemsize * (cache + widths * tokens) + 4 * rows)
 
 
 def _host_available() -> int:

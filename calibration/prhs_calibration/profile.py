@@ -17,6 +17,7 @@ from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attention import LayerObservation
 from prhs_kernels.runtime.scoring import Scorer
 
+DECODE_STEPS = 64  # scored at the end of every prompt
 Progress = Callable[[str, int, int], None]
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from prhs_calibration import corpus, risk
+from prhs_calibration import corpus, memory, risk
 from prhs_calibration.bounds import fano_envelope
 from prhs_calibration.bundle import Bundle
 from prhs_calibration.comparison import compare_attention
 from prhs_calibration.models import LoadedModel
-from prhs_calibration.profile import Progress
+from prhs_calibration.profile import DECODE_STEPS, Progress
 from prhs_kernels.errors import InputError, UsageError
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import dense_params
@@ -41,6 +41,7 @@ class VerificationReport:
     delta: float
     dial_index: int
     lam: float
+    same_corpus: bool
     decision: risk.Decision
     losses: np.ndarray
     dropped_mass: np.ndarray
@@ -91,6 +92,7 @@ class VerificationReport:
             "delta": self.delta,
             "dial_index": self.dial_index,
             "lambda": self.lam,
+            "same_corpus": self.same_corpus,
             "verdict": self.verdict,
             "decision": {**dataclasses.asdict(self.decision), "verdict": str(self.decision.verdict)},
             "worst_layer": layer,
@@ -184,8 +186,16 @@ def verify_bound(
     index = bundle.dial_for(delta)
     params = bundle.params(index)
     length = min(context_length or bundle.metadata.context_length, loaded.context_length)
+    needed = memory.run_bytes(loaded.model.config, length, loaded.model.dtype, DECODE_STEPS)
+    memory.check_memory(needed, loaded.model.device, f"verification prompts of {length} tokens")
     prompts = corpus.build(
-        loaded.tokenizer, count=num_prompts, context_length=length, seed=seed, split="verify", sources=sources
+        loaded.tokenizer,
+        count=num_prompts,
+        context_length=length,
+        seed=seed,
+        split="verify",
+        sources=sources,
+        decode_steps=DECODE_STEPS,
     )
     measured: list[_Measurement] = []
     stats = DecodeStats()
@@ -212,6 +222,8 @@ def verify_bound(
         delta=delta,
         dial_index=index,
         lam=float(bundle.dial[index]),
+        same_corpus=length == bundle.metadata.context_length
+        and bundle.metadata.report.get("corpus") == ("given" if sources else "built-in"),
         decision=risk.decide(losses, delta, confidence),
         losses=losses,
         **{name: table.mean(axis=0) for name, table in tables.items()},
