@@ -189,8 +189,8 @@ def _decode(
     if observer is not None:
         if query.shape[0] != 1 or bool(rows.padding.any()):
             raise UsageError("a scoring pass takes one unpadded sequence")
+        dense = _dense_probs(query, scores(), visible, cache.unfrozen_keys.get(layer), scaling)
         nothing = torch.zeros(kept.shape[1:3], dtype=torch.bool, device=kept.device)
-        flat = (query.shape[1], query.shape[2], key.shape[2])
         observer(
             LayerObservation(
                 layer=layer,
@@ -200,10 +200,8 @@ def _decode(
                 values=value,
                 positions=rows.slots,
                 scale=scaling,
-                dense_probs=_dense_probs(
-                    query, scores(), visible, cache.unfrozen_keys.get(layer), scaling
-                ).view(flat),
-                sparse_probs=probs.view(flat),
+                dense_probs=dense[0].flatten(0, 1),
+                sparse_probs=probs[0].flatten(0, 1),
                 visible=visible[0],
                 kept=kept[0],
                 retrieved=selection.retrieved[0] if selection else nothing,
