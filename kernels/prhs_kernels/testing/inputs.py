@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 from prhs_kernels.params import DepthParams, Gate, LayerParams, SelectorParams, TimeParams
+from prhs_kernels.runtime.attach import dense_params
 from prhs_kernels.testing.models import SPECIAL_TOKENS, VOCAB_SIZE, tiny_model
 
 PerHead = float | Sequence[float] | Sequence[Sequence[float]]  # broadcast to [num_layers, num_kv_heads]
@@ -53,15 +55,12 @@ def selector_params(
     num_local: int = 4,
 ) -> SelectorParams:
     """Parameters for a tiny model; `time` holds the arguments of `time_params`, None is off."""
-    shape = config.num_hidden_layers, config.num_key_value_heads
-    return SelectorParams(
-        num_layers=shape[0],
-        num_qo_heads=config.num_attention_heads,
-        num_kv_heads=shape[1],
-        head_dim=config.head_dim if hasattr(config, "head_dim") else config.hidden_size // shape[1],
+    dense = dense_params(config)
+    return dataclasses.replace(
+        dense,
         num_sinks=num_sinks,
         num_local=num_local,
-        time=None if time is None else time_params(*shape, **time),
+        time=None if time is None else time_params(dense.num_layers, dense.num_kv_heads, **time),
         depth=depth,
         layer=layer,
     )
