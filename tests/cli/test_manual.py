@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib.metadata
+
+import pytest
 
 from prhs_cli.manual import render
 
-MANUAL = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
+from .conftest import ROOT
+
+MANUAL = ROOT / "docs" / "cli.md"
 
 
+PINNED = f"typer=={importlib.metadata.version('typer')}" in (ROOT / "constraints.txt").read_text("utf-8")
+
+
+@pytest.mark.skipif(not PINNED, reason="other releases of Typer word their help differently")
 def test_the_manual_is_current() -> None:
     assert MANUAL.read_text("utf-8") == render(), "run `make docs`"
 
