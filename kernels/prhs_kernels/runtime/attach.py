@@ -16,6 +16,7 @@ from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attention import Observer, attention_forward
 from prhs_kernels.runtime.cache import Forward, PrhsCache
 from prhs_kernels.runtime.freezing import frozen_forward
+from prhs_kernels.selectors.base import StepSelector
 
 IMPLEMENTATION = "prhs"
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -62,24 +63,37 @@ def check_params(config: PreTrainedConfig, params: SelectorParams) -> None:
             )
 
 
+def check_selector(params: SelectorParams, selector: StepSelector | None) -> None:
+    """Refuse a comparison selector beside axes of our own: its figures would be those of a mixture."""
+    if selector is not None and not params.is_dense:
+        raise UsageError("a comparison selector takes the place of every axis; give parameters with all off")
+
+
 @contextlib.contextmanager
 def sparse_attention(
-    model: PreTrainedModel, params: SelectorParams, observer: Observer | None = None
+    model: PreTrainedModel,
+    params: SelectorParams,
+    observer: Observer | None = None,
+    selector: StepSelector | None = None,
 ) -> Iterator[PrhsCache]:
     """Run `model` with the selectors of `params`; give the cache to pass as `past_key_values`.
 
+    With a `selector`, that method chooses what a decode step attends to, and `params` have every axis off.
     Everything that is patched is restored when the block ends, also after an exception.
 
     Raises:
         UnsupportedModelError: the model's attention is not one we have derived the selectors for.
         InputError: `params` belong to a model of another shape.
-        UsageError: the model is inside another `sparse_attention` block, or is fed without our cache.
+        UsageError: the model is inside another `sparse_attention` block, or is fed without our cache; a
+            selector beside an axis.
     """
     check_supported(model.config)
     check_params(model.config, params)
+    check_selector(params, selector)
     if model.config._attn_implementation == IMPLEMENTATION:
         raise UsageError("this model is already inside a sparse_attention block")
-    cache = PrhsCache(model.config, params, keep_all=observer is not None)
+    cache = PrhsCache(model.config, params, keep_all=observer is not None or selector is not None)
+    cache.selector = selector
     decoder: Any = model.base_model
     with contextlib.ExitStack() as undo:
         undo.callback(setattr, cache, "forward", None)  # the cache is of no use to the unpatched model

@@ -78,7 +78,7 @@ def attention_forward(
     assert isinstance(layer, int) and cache.forward is not None
     params = cache.params
     steps = query.shape[2]
-    if params.is_dense and observer is None:
+    if params.is_dense and observer is None and cache.selector is None:
         if not cache.forward.is_prefill:
             _count_dense(cache, steps, key, sliding_window)
         output, _ = sdpa_attention_forward(
@@ -159,10 +159,9 @@ def _decode(
     rows: Rows,
     scaling: float,
 ) -> torch.Tensor:
-    params, forward = cache.params, cache.forward
+    forward = cache.forward
     assert forward is not None and forward.cos is not None and forward.sin is not None
     visible = rows.visible()
-    allowed = candidates(rows, params, layer)
     query_pre = unrotate(query, forward.cos, forward.sin)
     table: list[torch.Tensor] = []
 
@@ -171,26 +170,22 @@ def _decode(
             table.append(decode.grouped_scores(query, key, scaling))
         return table[0]
 
-    selection: cis.Selection | None = None
-    if params.time is not None:
-        state = cache.selective(layer)
-        selection, state.anchor = cis.select(
-            query, query_pre, scores, allowed, rows, params, layer, state.anchor
-        )
-        kept = selection.kept
+    if cache.selector is None:
+        kept, retrieved, contested = _own_sets(cache, layer, query, query_pre, scores, rows)
     else:
-        kept = allowed[:, None].expand(-1, params.num_kv_heads, -1, -1)
-    cache.stats.add(kept, visible, allowed, selection, params.group_size)
+        _check_single(rows, "a comparison selector")
+        dense = _dense_probs(query, scores(), visible, None, scaling)
+        choice = cache.selector.choose(query[0], key[0], dense[0].flatten(0, 1), rows)
+        cache.stats.add_choice(choice, visible)
+        kept, retrieved, contested = choice.kept[None], choice.retrieved[None], choice.contested[None]
     if query.shape[2] == 1 and observer is None:
         indices, _ = decode.kept_indices(kept.squeeze(2))
         return decode.sparse_decode(query, key, value, indices, scaling)[0]
     # scoring never meets padding queries; a padded row would see nothing and softmax to NaN
     probs = scores().masked_fill(~kept.unsqueeze(2), -torch.inf).softmax(dim=-1)
     if observer is not None:
-        if query.shape[0] != 1 or bool(rows.padding.any()):
-            raise UsageError("a scoring pass takes one unpadded sequence")
+        _check_single(rows, "a scoring pass")
         dense = _dense_probs(query, scores(), visible, cache.unfrozen_keys.get(layer), scaling)
-        nothing = torch.zeros(kept.shape[1:3], dtype=torch.bool, device=kept.device)
         observer(
             LayerObservation(
                 layer=layer,
@@ -204,11 +199,41 @@ def _decode(
                 sparse_probs=probs[0].flatten(0, 1),
                 visible=visible[0],
                 kept=kept[0],
-                retrieved=selection.retrieved[0] if selection else nothing,
-                contested=selection.contested[0] if selection else nothing,
+                retrieved=retrieved[0],
+                contested=contested[0],
             )
         )
     return decode.attend(probs, value)
+
+
+def _own_sets(
+    cache: PrhsCache,
+    layer: int,
+    query: torch.Tensor,
+    query_pre: torch.Tensor,
+    scores: cis.Scores,
+    rows: Rows,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`kept`, `retrieved` and `contested` of `cis.Selection` under the time and depth axes, and counted."""
+    params = cache.params
+    allowed = candidates(rows, params, layer)
+    selection: cis.Selection | None = None
+    if params.time is not None:
+        state = cache.selective(layer)
+        selection, state.anchor = cis.select(
+            query, query_pre, scores, allowed, rows, params, layer, state.anchor
+        )
+        kept, retrieved, contested = selection.kept, selection.retrieved, selection.contested
+    else:
+        kept = allowed[:, None].expand(-1, params.num_kv_heads, -1, -1)
+        retrieved = contested = torch.zeros(kept.shape[:3], dtype=torch.bool, device=kept.device)
+    cache.stats.add(kept, rows.visible(), allowed, selection, params.group_size)
+    return kept, retrieved, contested
+
+
+def _check_single(rows: Rows, who: str) -> None:
+    if rows.padding.shape[0] != 1 or bool(rows.padding.any()):
+        raise UsageError(f"{who} takes one unpadded sequence")
 
 
 def _dense_probs(

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from prhs_kernels.errors import UsageError
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.stats import DecodeStats
-from prhs_kernels.selectors.base import Rows
+from prhs_kernels.selectors.base import Rows, StepSelector
 from prhs_kernels.selectors.cis import AnchorState
 
 
@@ -105,6 +105,7 @@ class PrhsCache(Cache):  # type: ignore[misc]
         else:
             super().__init__(layers=[SelectiveLayer() for _ in range(params.num_layers)])
         self.params = params
+        self.selector: StepSelector | None = None  # decides in decode steps instead of the axes of `params`
         self.stats = DecodeStats()
         self.forward: Forward | None = None
         self.treat_as_decode = False  # scoring: a run of given tokens counts as decode steps

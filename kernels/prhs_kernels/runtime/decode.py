@@ -13,6 +13,7 @@ from prhs_kernels.errors import UsageError
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import sparse_attention
 from prhs_kernels.runtime.stats import DecodeStats
+from prhs_kernels.selectors.base import StepSelector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,7 @@ def generate_tokens(
     stop_token_ids: Sequence[int] = (),
     pad_token_id: int = 0,
     run: Generation | None = None,
+    selector: StepSelector | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every prompt, one decode step at a time.
 
@@ -111,9 +113,10 @@ def generate_tokens(
         params: the selectors; `dense_params(model.config)` for dense attention.
         stop_token_ids: a sequence that produced one of them yields None from then on.
         run: filled with counts and times while the iterator is consumed.
+        selector: another method in the place of the axes of `params`, for a single prompt.
 
     Raises:
-        UnsupportedModelError, InputError: see `sparse_attention`.
+        UnsupportedModelError, InputError, UsageError: see `sparse_attention`.
     """
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens = {max_new_tokens} must be at least 1")
@@ -124,7 +127,7 @@ def generate_tokens(
     run.prompt_tokens = int(mask.sum())
     alive = torch.ones(len(prompts), dtype=torch.bool)
     began = time.perf_counter()
-    with sparse_attention(model, params) as cache:
+    with sparse_attention(model, params, selector=selector) as cache:
         run.stats = cache.stats
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
         for step in range(max_new_tokens):

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from prhs_kernels.errors import UsageError
 from prhs_kernels.params import SelectorParams
-from prhs_kernels.runtime.attach import check_params, dense_params, sparse_attention
+from prhs_kernels.runtime.attach import check_params, check_selector, dense_params, sparse_attention
 from prhs_kernels.runtime.attention import LayerObservation, Observer
 from prhs_kernels.runtime.cache import PrhsCache
 from prhs_kernels.runtime.stats import DecodeStats
+from prhs_kernels.selectors.base import StepSelector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +64,15 @@ class Scorer:
                 )
                 yield PreparedScorer(self, cache)
 
-    def run(self, params: SelectorParams, observer: Observer | None = None) -> ScoringResult:
+    def run(
+        self,
+        params: SelectorParams,
+        observer: Observer | None = None,
+        selector: StepSelector | None = None,
+    ) -> ScoringResult:
         """One pass: prefill, then all decode steps; `observer` gets one `LayerObservation` per layer."""
         with self.prepared(params) as prepared:
-            return prepared.run(params, observer)
+            return prepared.run(params, observer, selector)
 
     def _dense_keys(self, params: SelectorParams) -> dict[int, torch.Tensor]:
         """Frozen positions' keys as a dense prefill computes them, for the layers that freeze."""
@@ -92,14 +98,25 @@ class PreparedScorer:
     def __init__(self, scorer: Scorer, cache: PrhsCache) -> None:
         self._scorer, self._cache = scorer, cache
 
-    def run(self, params: SelectorParams, observer: Observer | None = None) -> ScoringResult:
-        """Decode all steps after the prefill with the time axis of `params`."""
+    def run(
+        self,
+        params: SelectorParams,
+        observer: Observer | None = None,
+        selector: StepSelector | None = None,
+    ) -> ScoringResult:
+        """Decode all steps after the prefill with the time axis of `params`, or with another method.
+
+        Args:
+            selector: chooses every step's sets in closed loop; `params` have every axis off.
+        """
         scorer, cache = self._scorer, self._cache
         check_params(scorer.model.config, params)
+        check_selector(params, selector)
         if _prefill_settings(params) != _prefill_settings(cache.params):
             raise UsageError("depth and layer parameters differ from those of the prefill; prepare again")
         cache.rewind(scorer.prefill_length)
         cache.params, cache.treat_as_decode, scorer._observer = params, True, observer
+        cache.selector = selector
         try:
             steps = scorer.tokens[:, scorer.prefill_length :]
             logits = scorer.model(input_ids=steps, past_key_values=cache).logits

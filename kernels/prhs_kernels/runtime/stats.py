@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from prhs_kernels.selectors.base import Choice
 from prhs_kernels.selectors.cis import Selection
 
 
@@ -36,18 +37,30 @@ class DecodeStats:
             selection: what CIS decided, None when the time axis is off in this layer.
             group: query heads per KV head; the gate reads that many anchor rows.
         """
-        count, seen = kept.sum(-1).double(), visible.sum(-1).double()[:, None, :]
-        self.units += count.numel()
-        self.kept = self.kept + count.sum()
-        self.visible = self.visible + seen.sum() * kept.shape[1]
-        self.fraction = self.fraction + (count / seen).sum()
-        self.rows_read = self.rows_read + 2 * count.sum()
+        self.rows_read = self.rows_read + 2 * self._count(kept, visible)
         if selection is None:
             return
         scanned = (selection.retrieved * candidates.sum(-1)[:, None, :]).double().sum()
         self.retrieved = self.retrieved + selection.retrieved.double().sum()
         self.contested = self.contested + selection.contested.double().sum()
         self.rows_read = self.rows_read + scanned + group * selection.gated.double().sum()
+
+    def add_choice(self, choice: Choice, visible: torch.Tensor) -> None:
+        """Record a run of steps of one layer of a single sequence; visible: `[1, steps, n]` bool."""
+        self._count(choice.kept[None], visible)
+        self.retrieved = self.retrieved + choice.retrieved.double().sum()
+        self.contested = self.contested + choice.contested.double().sum()
+        self.rows_read = self.rows_read + choice.rows_read.double().sum()
+
+    def _count(self, kept: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Sizes of the sets; the number of positions kept."""
+        count, seen = kept.sum(-1).double(), visible.sum(-1).double()[:, None, :]
+        total = count.sum()
+        self.units += count.numel()
+        self.kept = self.kept + total
+        self.visible = self.visible + seen.sum() * kept.shape[1]
+        self.fraction = self.fraction + (count / seen).sum()
+        return total
 
     def add_dense(self, visible_rows: torch.Tensor, heads: int) -> None:
         """Record dense steps: `visible_rows` `[batch, steps]` positions, read by each of `heads` KV heads."""

@@ -6,6 +6,7 @@ A *slot* is an index into the cache of a left-padded batch; slot `pad + p` of a 
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import torch
 
@@ -47,6 +48,35 @@ class Rows:
     def part(self, rows: slice) -> Rows:
         """The same layer, some of its query rows."""
         return dataclasses.replace(self, slots=self.slots[rows])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice:
+    """What a `StepSelector` decided for a run of steps.
+
+    kept: `[num_kv_heads, steps, n]` bool. retrieved, contested: `[num_kv_heads, steps]` bool, keys were
+    scored; per-step top-k would have scored them. rows_read: the same shape, int64, rows of K and V
+    (`head_dim` elements each) that were loaded, scans included.
+    """
+
+    kept: torch.Tensor
+    retrieved: torch.Tensor
+    contested: torch.Tensor
+    rows_read: torch.Tensor
+
+
+class StepSelector(Protocol):
+    """Another method in the place of the three axes, for comparison: the sets of one layer's decode steps."""
+
+    def choose(
+        self, query: torch.Tensor, keys: torch.Tensor, dense_probs: torch.Tensor, rows: Rows
+    ) -> Choice:
+        """Sets of a run of steps of one unpadded sequence; keys behind a step belong to later steps.
+
+        Args:
+            query: `[num_qo_heads, steps, head_dim]` after RoPE; keys: `[num_kv_heads, n, head_dim]`.
+            dense_probs: `[num_qo_heads, steps, n]` fp32, attention of these queries over all these keys.
+        """
 
 
 def candidates(rows: Rows, params: SelectorParams, layer: int) -> torch.Tensor:
