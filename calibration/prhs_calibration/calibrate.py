@@ -24,8 +24,8 @@ from prhs_kernels.params import DepthParams, FreezeMode, LayerParams, SelectorPa
 from prhs_kernels.runtime.attach import dense_params
 
 AXES = ("time", "depth", "layer")
-NUM_DIAL_POINTS = 16
-LOSS_RANGE = (0.3, 0.003)  # open-loop losses between which the dial's points are spread
+NUM_DIAL_POINTS = 14
+LOSS_RANGE = (0.25, 0.005)  # open-loop losses between which the sparse points of the dial are spread
 AXIS_SHARE = 0.1  # of δ, what depth and layer may each cost on their own
 NUM_SINKS, NUM_LOCAL = 4, 16
 AXIS_PROMPTS = 12  # of the fit split, to check a depth or layer schedule in closed loop

@@ -99,7 +99,7 @@ class TimeStatistics:
         local = allowed & (keys > rows.positions[:, None] - self.num_local)
         middle = allowed & ~sinks & ~local
         weights = rows.dense_probs.view(num_heads, -1, steps, n)
-        ranks, sizes = self._ranks(weights, allowed, middle, rows.positions)
+        ranks, sizes = self._ranks(weights, allowed, middle, rows.visible.sum(-1))
         mass = weights.mean(dim=1)  # [H, t, n]: the loss is linear, so the group can be averaged first
         in_window = mass * allowed
         always = (in_window * sinks).sum(-1)
@@ -131,13 +131,13 @@ class TimeStatistics:
 
     @staticmethod
     def _ranks(
-        weights: torch.Tensor, allowed: torch.Tensor, middle: torch.Tensor, positions: torch.Tensor
+        weights: torch.Tensor, allowed: torch.Tensor, middle: torch.Tensor, num_visible: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ranks `[H, steps, n]` of the middle positions and the k of every ratio `[steps, ratios]`."""
         inside = weights * allowed
         importance = (inside / inside.sum(-1, keepdim=True)).sum(dim=1)
-        ratios = torch.tensor(BUDGET_RATIOS, dtype=torch.float64, device=weights.device)
-        wanted = ((positions + 1)[:, None].double() * ratios).floor().long()
+        ratios = torch.tensor(BUDGET_RATIOS, device=weights.device)  # fp32, as a bundle stores them
+        wanted = (num_visible[:, None].double() * ratios).floor().long()
         available = middle.sum(-1)
         sizes = torch.minimum(wanted, available[:, None])
         heads = importance.shape[0]

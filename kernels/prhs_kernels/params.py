@@ -34,11 +34,12 @@ class FreezeMode(enum.IntEnum):
 class TimeParams:
     """CIS, clustered indices sharing. Every tensor is `[num_layers, num_kv_heads]`.
 
-    A retrieval at `kv_len` keeps `k = floor(budget_ratio * kv_len) + budget_tokens` middle positions (those
-    that are neither sinks nor local), all of them if there are fewer; `budget_ratio >= 1` is a dense head.
+    A retrieval by a query that dense attention lets see `n` positions keeps `k = floor(budget_ratio * n) +
+    budget_tokens` middle ones (neither sinks nor local), all of them if there are fewer; `budget_ratio >= 1`
+    is a dense head. `n` is kv_len, or the model's own sliding window once that is full.
     """
 
-    budget_ratio: torch.Tensor  # float32, fraction of kv_len
+    budget_ratio: torch.Tensor  # float32, fraction of the visible positions
     budget_tokens: torch.Tensor  # int32, positions
     gate: torch.Tensor  # uint8, a `Gate`
     tau_cos: torch.Tensor  # float32, reuse needs cosine > tau_cos

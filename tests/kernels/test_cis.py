@@ -125,8 +125,9 @@ def run_naive(stream: Stream, params: SelectorParams, row: int, head: int) -> li
         query, query_pre = stream.query[row, heads, index], stream.query_pre[row, heads, index]
         scores = query @ stream.keys[row, head, pad : pad + t + 1].T * SCALE
         allowed = naive.visible(params, LAYER, t, stream.sliding_window)
+        seen = min(t + 1, stream.sliding_window or t + 1)
         step, anchor = naive.cis_step(
-            params, LAYER, head, t, allowed, query, query_pre, scores, anchor
+            params, LAYER, head, t, seen, allowed, query, query_pre, scores, anchor
         )  # fmt: skip
         steps.append(step)
     return steps

@@ -33,6 +33,11 @@ class Rows:
         """`[batch, steps]` int64, negative on padding."""
         return self.slots[None, :] - self.padding[:, None]
 
+    @property
+    def num_visible(self) -> torch.Tensor:
+        """Positions that dense attention of each query covers: `[batch, steps]` int64, 0 on padding."""
+        return (self.positions + 1).clamp(min=0, max=self.sliding_window)
+
     def key_positions(self) -> torch.Tensor:
         """`[batch, kv_slots]` int64, negative on padding."""
         return torch.arange(self.kv_slots, device=self.slots.device)[None, :] - self.padding[:, None]

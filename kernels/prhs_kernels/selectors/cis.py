@@ -55,12 +55,15 @@ class Selection:
 Scores = Callable[[], torch.Tensor]  # -> [batch, num_kv_heads, group, steps, n], computed only when needed
 
 
-def middle_budget(time: TimeParams, layer: int, kv_len: torch.Tensor) -> torch.Tensor:
-    """Positions a retrieval may keep: `[batch, num_kv_heads, steps]` int64 for `kv_len` `[batch, steps]`."""
-    ratio = time.budget_ratio[layer].to(kv_len.device).double()
-    tokens = time.budget_tokens[layer].to(kv_len.device).long()
-    budget = (ratio[None, :, None] * kv_len[:, None, :]).floor().long() + tokens[None, :, None]
-    return torch.where((ratio >= 1)[None, :, None], kv_len[:, None, :], budget)
+def middle_budget(time: TimeParams, layer: int, num_visible: torch.Tensor) -> torch.Tensor:
+    """Middle positions a retrieval may keep: `[batch, num_kv_heads, steps]` int64.
+
+    `num_visible` `[batch, steps]`: positions that dense attention of the step covers.
+    """
+    ratio = time.budget_ratio[layer].to(num_visible.device).double()
+    tokens = time.budget_tokens[layer].to(num_visible.device).long()
+    budget = (ratio[None, :, None] * num_visible[:, None, :]).floor().long() + tokens[None, :, None]
+    return torch.where((ratio >= 1)[None, :, None], num_visible[:, None, :], budget)
 
 
 def select(
@@ -86,7 +89,7 @@ def select(
     assert time is not None
     batch, steps, n = candidates.shape
     sinks, middle = _parts(candidates, rows, params)
-    budget = middle_budget(time, layer, rows.positions.clamp(min=0) + 1)
+    budget = middle_budget(time, layer, rows.num_visible)
     contested = budget < middle.sum(dim=-1)[:, None, :]
 
     packed = query.reshape(batch, params.num_kv_heads, -1, steps, query.shape[-1])

@@ -78,13 +78,17 @@ def cis_step(
     layer: int,
     head: int,
     t: int,
+    seen: int,
     allowed: set[int],
     query: torch.Tensor,
     query_pre: torch.Tensor,
     scores: torch.Tensor,
     anchor: Anchor | None,
 ) -> tuple[Step, Anchor | None]:
-    """One decode step of one KV head; query, query_pre `[group, head_dim]`, scores `[group, n]`."""
+    """One decode step of one KV head that dense attention lets see `seen` positions.
+
+    query, query_pre `[group, head_dim]`, scores `[group, n]`.
+    """
     time = params.time
     if time is None:
         return Step(allowed), None
@@ -92,7 +96,7 @@ def cis_step(
     sinks = {i for i in allowed if i < params.num_sinks}
     local = {i for i in allowed if t - i < params.num_local}
     middle = allowed - sinks - local
-    count = math.floor(ratio * (t + 1)) + int(time.budget_tokens[layer, head])
+    count = math.floor(ratio * seen) + int(time.budget_tokens[layer, head])
     if ratio >= 1 or count >= len(middle):
         return Step(allowed), None
     gate, fresh = int(time.gate[layer, head]), True
@@ -180,7 +184,9 @@ class NaiveModel:
         self.keys[layer].append(key)
         self.values[layer].append(value)
         keys, values = torch.stack(self.keys[layer]), torch.stack(self.values[layer])
-        allowed = visible(params, layer, t, getattr(block.self_attn, "sliding_window", None) or self._window)
+        window = getattr(block.self_attn, "sliding_window", None) or self._window
+        allowed = visible(params, layer, t, window)
+        seen = min(t + 1, window or t + 1)
         outputs = []
         for head in range(params.num_kv_heads):
             group = slice(head * params.group_size, (head + 1) * params.group_size)
@@ -188,7 +194,7 @@ class NaiveModel:
             kept = allowed
             if decode:
                 step, self.anchors[layer][head] = cis_step(
-                    params, layer, head, t, allowed, query[group], query_pre[group], scores,
+                    params, layer, head, t, seen, allowed, query[group], query_pre[group], scores,
                     self.anchors[layer][head],
                 )  # fmt: skip
                 self.steps[layer][head].append(step)
