@@ -36,9 +36,7 @@ class GateSetting:
 
 def gate_settings() -> tuple[GateSetting, ...]:
     """The settings that calibration compares: per-step retrieval, then both cosines at several s, τ and r."""
-    shared = itertools.product(
-        (Gate.POST_ROPE, Gate.PRE_ROPE), (0.5, 0.6, 0.7, 0.8, 0.9, 0.95), (4, 8, 16), (0, 1)
-    )
+    shared = itertools.product(tuple(Gate)[1:], (0.0, 0.3, 0.5, 0.7, 0.8, 0.9), (8, 16, 32), (0, 1))
     never = [GateSetting(Gate.NEVER, 1.0, 1, radius) for radius in (0, 1)]
     return (*never, *(GateSetting(*setting) for setting in shared))
 
