@@ -163,7 +163,7 @@ def verify_bound(
     bundle: Bundle,
     *,
     delta: float,
-    num_prompts: int = 320,
+    num_prompts: int = 400,
     confidence: float = 0.95,
     context_length: int | None = None,
     sources: list[Path] | None = None,

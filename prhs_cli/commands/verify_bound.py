@@ -28,7 +28,7 @@ def command(
     delta: options.BundleDelta = None,
     bundle: options.BundleOption = None,
     model: options.Model = "reference",
-    prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts of the held-out split.")] = 320,
+    prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts of the held-out split.")] = 400,
     confidence: options.Confidence = 0.95,
     context_length: options.ContextLength = None,
     corpus: options.Corpus = None,
