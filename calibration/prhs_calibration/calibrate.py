@@ -24,8 +24,6 @@ from prhs_kernels.params import DepthParams, FreezeMode, LayerParams, SelectorPa
 from prhs_kernels.runtime.attach import dense_params
 
 AXES = ("time", "depth", "layer")
-NUM_DIAL_POINTS = 14
-LOSS_RANGE = (0.25, 0.005)  # open-loop losses between which the sparse points of the dial are spread
 AXIS_SHARE = 0.1  # of δ, what depth and layer may each cost on their own
 NUM_SINKS, NUM_LOCAL = 4, 16
 AXIS_PROMPTS = 12  # of the fit split, to check a depth or layer schedule in closed loop
@@ -109,7 +107,8 @@ def calibrate(
         for split, count in sizes.items()
     }
     base = dataclasses.replace(dense_params(loaded.model.config), num_sinks=NUM_SINKS, num_local=NUM_LOCAL)
-    fitted = _Fit(loaded, prompts["fit"], delta, base, report).run(axes)
+    aim = max(((num_prompts + 1) * delta - 1) / num_prompts, delta / 10)
+    fitted = _Fit(loaded, prompts["fit"], delta, aim, base, report).run(axes)
     losses = closed_loop_losses(
         loaded.model,
         prompts["select"],
@@ -158,7 +157,7 @@ def estimate_cost(
     shape = dense_params(config)
     fit_count = fit_prompts or fit_prompts_for(num_prompts)
     passes = 2 * fit_count + 4 * AXIS_PROMPTS + num_prompts  # prefills
-    decode_passes = 2 * fit_count + 4 * AXIS_PROMPTS + num_prompts * (NUM_DIAL_POINTS - 1)
+    decode_passes = 2 * fit_count + 4 * AXIS_PROMPTS + num_prompts * len(fit.dial_targets(1.0))
     weights = config.num_hidden_layers * (
         3 * config.hidden_size * config.intermediate_size
         + config.hidden_size * shape.head_dim * (2 * shape.num_qo_heads + 2 * shape.num_kv_heads)
@@ -177,6 +176,7 @@ class _Fit:
     loaded: LoadedModel
     prompts: list[Prompt]
     delta: float
+    aim: float  # largest mean loss that risk control can admit on the selection split
     base: SelectorParams
     progress: Progress
 
@@ -201,7 +201,7 @@ class _Fit:
         self._observe("time profile", self.params, time.add)
         self.profile["cosine"] = time.cosine
         if "time" in axes:
-            self.dial = fit.fit_dial(time, self.delta, NUM_DIAL_POINTS, LOSS_RANGE)
+            self.dial = fit.fit_dial(time, self.delta, fit.dial_targets(self.aim))
         else:
             self.dial = fit.dense_dial(time)
         return self

@@ -13,6 +13,8 @@ from scipy.optimize import curve_fit
 
 from prhs_calibration.statistics import BUDGET_RATIOS, FRACTIONS, GateSetting, TimeStatistics
 
+LOSS_GRID = np.geomspace(0.25, 0.005, 9)
+NEAR_AIM = np.array([0.7, 0.8, 0.9, 1.0])
 MIN_FRACTION = 0.02  # a schedule that drops less than this, averaged over layers, is not worth having
 
 
@@ -138,11 +140,17 @@ def read_cost(kept: np.ndarray, retrieval_ratio: np.ndarray) -> np.ndarray:
     return np.asarray(cost)
 
 
-def fit_dial(
-    statistics: TimeStatistics, delta: float, num_points: int, loss_range: tuple[float, float]
-) -> Dial:
-    """Choose a gate per head, then budgets that read fewest bytes at every loss between the two of
-    `loss_range`.
+def dial_targets(aim: float) -> np.ndarray:
+    """Open-loop losses at which the dial gets its sparse points, decreasing.
+
+    Spread over everything one may ask of a stored curve, and close together just below `aim`, the largest
+    loss that risk control can admit at the asked δ: a coarse dial gives away what lies between two points.
+    """
+    return np.sort(np.concatenate([LOSS_GRID, aim * NEAR_AIM]))[::-1]
+
+
+def fit_dial(statistics: TimeStatistics, delta: float, targets: np.ndarray) -> Dial:
+    """Choose a gate per head, then budgets that read fewest bytes at each loss of `targets` (decreasing).
 
     Every head's (cost, loss) points have a lower convex hull; at a price μ of loss each head takes the hull
     point that minimises cost + μ loss, which is optimal for the sum. The gate is the one each head wants at
@@ -160,7 +168,7 @@ def fit_dial(
     own_loss = loss.reshape(settings, ratios, -1)[gate, :, columns].T
     own_cost = cost.reshape(settings, ratios, -1)[gate, :, columns].T
     rows: list[np.ndarray] = []
-    for target in np.geomspace(*loss_range, num_points - 1):
+    for target in targets:
         choice = _choose(own_loss, own_cost, _price_for(own_loss, own_cost, target))
         if not rows or (choice >= rows[-1]).all() and (choice > rows[-1]).any():
             rows.append(choice)

@@ -13,6 +13,7 @@ from prhs_calibration.statistics import BUDGET_RATIOS, FRACTIONS, TimeStatistics
 from prhs_kernels.params import DepthParams, Gate
 
 RATIOS = np.array(BUDGET_RATIOS)
+TARGETS = np.geomspace(0.3, 0.003, 11)
 
 
 def planted_loss(num_layers: int, start: int, base: float, tolerance: float) -> np.ndarray:
@@ -78,7 +79,7 @@ def statistics(decay: np.ndarray, share_loss: float, ratio: float) -> TimeStatis
 
 def test_the_dial_is_nested_ends_dense_and_loses_less_and_less() -> None:
     rng = np.random.default_rng(0)
-    dial = fit.fit_dial(statistics(rng.uniform(2, 60, (4, 2)), 0.1, 0.3), 0.02, 12, (0.3, 0.003))
+    dial = fit.fit_dial(statistics(rng.uniform(2, 60, (4, 2)), 0.1, 0.3), 0.02, TARGETS)
     assert (np.diff(dial.budget_ratio, axis=0) >= 0).all()
     assert (np.diff(dial.lam) > 0).all() and dial.lam[-1] == 1.0
     assert (np.diff(dial.loss) <= 0).all() and dial.loss[-1] == 0.0
@@ -86,14 +87,14 @@ def test_the_dial_is_nested_ends_dense_and_loses_less_and_less() -> None:
 
 
 def test_a_head_that_decays_slowly_gets_the_larger_budget() -> None:
-    dial = fit.fit_dial(statistics(np.array([[4.0, 60.0]]), 0.0, 0.2), 0.05, 12, (0.3, 0.003))
+    dial = fit.fit_dial(statistics(np.array([[4.0, 60.0]]), 0.0, 0.2), 0.05, TARGETS)
     middle = len(dial.lam) // 2
     assert dial.budget_ratio[middle, 0, 0] > dial.budget_ratio[middle, 0, 1]
 
 
 def test_no_other_allocation_reads_less_at_the_same_loss() -> None:
     stats = statistics(np.array([[6.0, 25.0, 50.0]]), 0.0, 1.0)
-    dial = fit.fit_dial(stats, 0.05, 8, (0.2, 0.01))
+    dial = fit.fit_dial(stats, 0.05, np.geomspace(0.2, 0.01, 7))
     cost = fit.read_cost(stats.kept, stats.retrieval_ratio)[0, :, 0]
     loss = stats.loss[0, :, 0]
     for point in range(len(dial.lam)):
@@ -105,7 +106,7 @@ def test_no_other_allocation_reads_less_at_the_same_loss() -> None:
 
 @pytest.mark.parametrize(("share_loss", "shares"), [(0.0, True), (0.5, False)])
 def test_heads_share_only_where_it_pays(share_loss: float, shares: bool) -> None:
-    dial = fit.fit_dial(statistics(np.full((2, 2), 40.0), share_loss, 0.2), 0.02, 12, (0.3, 0.003))
+    dial = fit.fit_dial(statistics(np.full((2, 2), 40.0), share_loss, 0.2), 0.02, TARGETS)
     gates = {setting.gate for row in dial.setting for setting in row}
     assert (gates != {Gate.NEVER}) is shares
 
@@ -115,3 +116,10 @@ def test_reading_costs_scans_except_in_dense_heads() -> None:
     cost = fit.read_cost(kept, np.full((1, 1, 1), 0.4))
     assert cost[0, 0, 0, 0] == pytest.approx(0.25 + 0.2)
     assert cost[0, -1, 0, 0] == 1.0
+
+
+def test_the_dial_is_fine_where_it_matters() -> None:
+    targets = fit.dial_targets(0.0123)
+    assert (np.diff(targets) < 0).all() and 0.0123 in targets
+    near = targets[(targets <= 0.0123) & (targets >= 0.7 * 0.0123)]
+    assert (near[:-1] / near[1:] < 1.16).all()
