@@ -12,6 +12,7 @@ from prhs_kernels.errors import InputError, UsageError
 from prhs_kernels.params import DepthParams, FreezeMode, LayerParams
 from prhs_kernels.runtime.attach import dense_params, sparse_attention
 from prhs_kernels.runtime.decode import Generation, Sampler, Sampling, generate_tokens, left_pad
+from prhs_kernels.runtime.scoring import Scorer
 from prhs_kernels.testing.inputs import exact_model, random_tokens, selector_params
 from prhs_kernels.testing.models import tiny_model
 from prhs_kernels.testing.runs import VARIANTS
@@ -234,3 +235,24 @@ def test_one_token_prompts_and_one_new_token() -> None:
         assert len(made(model, [[7], PROMPTS[1]], params, count=1)) == 2
     with sparse_attention(model, dense_params(model.config)) as cache:
         assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_the_end_of_a_prompt_can_be_decode_steps(steps: int) -> None:
+    """Then the first new token is what a scoring pass predicts after the last of these steps."""
+    model = exact_model("llama")
+    params = selector_params(model.config, time=TIME | {"budget_tokens": 1}, num_sinks=1, num_local=2)
+    singles = []
+    for prompt in PROMPTS:
+        run = Generation()
+        written = made(model, [prompt], params, prompt_steps=steps, run=run)[0]
+        result = Scorer(model, [*prompt, *written[:-1]], len(prompt) - steps).run(params)
+        assert result.logits[steps - 1 :].argmax(-1).tolist() == written
+        assert run.prompt_tokens == len(prompt) and run.new_tokens == 8
+        assert run.stats.to_dict() == pytest.approx(result.stats.to_dict(), rel=1e-12)
+        singles.append(written)
+    assert made(model, PROMPTS, params, prompt_steps=steps) == singles
+    dense = dense_params(model.config)
+    assert made(model, PROMPTS, dense, prompt_steps=steps) == made(model, PROMPTS, dense)
+    with pytest.raises(UsageError, match=f"prompt_steps = {steps + 1} must leave every prompt a token"):
+        made(model, [PROMPTS[0], PROMPTS[0][: steps + 1]], params, prompt_steps=steps + 1)

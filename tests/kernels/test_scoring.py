@@ -10,6 +10,7 @@ import torch
 
 from prhs_kernels.errors import InputError, UsageError
 from prhs_kernels.params import DepthParams, FreezeMode, Gate, LayerParams
+from prhs_kernels.runtime import scoring
 from prhs_kernels.runtime.attach import dense_params
 from prhs_kernels.runtime.attention import LayerObservation
 from prhs_kernels.runtime.scoring import Scorer
@@ -249,3 +250,25 @@ def test_no_gradients_and_no_inference_mode_are_left_behind() -> None:
     model = tiny_model("llama")
     Scorer(model, TOKENS, 40).run(selector_params(model.config, time=time()))
     assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("size", [1, 3, 15, 16, 17])
+@pytest.mark.parametrize(
+    ("axis", "depth", "layer"), [(time(block=6), DEPTH, None), (time(block=5), None, LAYER)]
+)
+def test_long_runs_go_in_parts(
+    axis: dict[str, Any],
+    depth: DepthParams | None,
+    layer: LayerParams | None,
+    size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Anchors are carried over, as from one decode step to the next."""
+    model = exact_model("llama")
+    params = selector_params(model.config, time=axis, depth=depth, layer=layer)
+    whole = Scorer(model, TOKENS, 40).run(params)
+    monkeypatch.setattr(scoring, "MAX_STEPS", size)
+    parts = Scorer(model, TOKENS, 40).run(params)
+    torch.testing.assert_close(parts.logits, whole.logits, rtol=1e-10, atol=1e-10)
+    assert parts.stats.to_dict() == pytest.approx(whole.stats.to_dict(), rel=1e-12)
+    assert len(observe(model, params)) == 4, "an observer sees every layer once all the same"

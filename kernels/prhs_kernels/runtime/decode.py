@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from prhs_kernels.errors import UsageError
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import sparse_attention
+from prhs_kernels.runtime.cache import PrhsCache
 from prhs_kernels.runtime.stats import DecodeStats
 from prhs_kernels.selectors.base import StepSelector
 
@@ -105,6 +106,7 @@ def generate_tokens(
     pad_token_id: int = 0,
     run: Generation | None = None,
     selector: StepSelector | None = None,
+    prompt_steps: int = 0,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every prompt, one decode step at a time.
 
@@ -114,12 +116,16 @@ def generate_tokens(
         stop_token_ids: a sequence that produced one of them yields None from then on.
         run: filled with counts and times while the iterator is consumed.
         selector: another method in the place of the axes of `params`, for a single prompt.
+        prompt_steps: that many last tokens of every prompt are fed as decode steps, one at a time, so that
+            the first new token too comes from one.
 
     Raises:
         UnsupportedModelError, InputError, UsageError: see `sparse_attention`.
     """
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens = {max_new_tokens} must be at least 1")
+    if prompt_steps and not 0 < prompt_steps < min(map(len, prompts), default=0):
+        raise UsageError(f"prompt_steps = {prompt_steps} must leave every prompt a token to prefill")
     run = run if run is not None else Generation()
     sampler = Sampler(sampling or Sampling())
     stops = torch.tensor(list(stop_token_ids), dtype=torch.long)
@@ -130,6 +136,8 @@ def generate_tokens(
     with sparse_attention(model, params, selector=selector) as cache:
         run.stats = cache.stats
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+        left = _feed(model, cache, ids, mask, positions, prompt_steps)
+        ids, positions = ids[:, left], positions[:, left]
         for step in range(max_new_tokens):
             logits = model(
                 input_ids=ids,
@@ -153,3 +161,26 @@ def generate_tokens(
                 return
             ids, positions = token[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=-1)
+
+
+def _feed(
+    model: PreTrainedModel,
+    cache: PrhsCache,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    positions: torch.Tensor,
+    steps: int,
+) -> slice:
+    """Run the padded prompts up to their last forward pass; the part that is left for that one."""
+    length = ids.shape[1]
+    ends = range(length - steps, length)  # empty without steps: then the whole prompt is left
+    starts = [0, *ends]
+    for start, end in zip(starts, ends, strict=False):
+        model(
+            input_ids=ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+    return slice(starts[-1], length)

@@ -21,6 +21,8 @@ from prhs_kernels.runtime.cache import PrhsCache
 from prhs_kernels.runtime.stats import DecodeStats
 from prhs_kernels.selectors.base import StepSelector
 
+MAX_STEPS = 512  # decode steps that go through a layer together; bounds the memory for scores
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoringResult:
@@ -119,7 +121,11 @@ class PreparedScorer:
         cache.selector = selector
         try:
             steps = scorer.tokens[:, scorer.prefill_length :]
-            logits = scorer.model(input_ids=steps, past_key_values=cache).logits
+            # an observer gets every layer once
+            parts = steps.split(MAX_STEPS if observer is None else steps.shape[1], dim=1)
+            logits = torch.cat(
+                [scorer.model(input_ids=part, past_key_values=cache).logits for part in parts], dim=1
+            )
         finally:
             cache.treat_as_decode, scorer._observer = False, None
         return ScoringResult(logits[0], cache.stats, dict(cache.prefill_dropped))
