@@ -6,6 +6,8 @@ import dataclasses
 import errno
 from collections.abc import Callable
 
+import typer
+
 from prhs_kernels.errors import InputError, PrhsError, ResourceError, UsageError
 
 VIOLATED = 1
@@ -77,7 +79,7 @@ def _os_line(remedy: str) -> Callable[[BaseException], str]:
 
 
 RULES = (
-    Rule(_is(Interrupted, KeyboardInterrupt), INTERRUPTED, lambda e: str(e) or "interrupted"),
+    Rule(_is(Interrupted, KeyboardInterrupt, typer.Abort), INTERRUPTED, lambda e: str(e) or "interrupted"),
     Rule(_is(UsageError), USAGE, str),
     Rule(_is(ResourceError), RESOURCE, str),
     Rule(_is(InputError, PrhsError), INPUT, str),

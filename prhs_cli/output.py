@@ -168,7 +168,7 @@ def _console(stream: Any) -> Console:
     """Made afresh so that a redirected stream is honoured; without a terminal Rich leaves colours out."""
     from rich.console import Console
 
-    return Console(file=stream, width=None if stream.isatty() else 100)
+    return Console(file=stream, width=None if stream.isatty() else 120)
 
 
 def _is_number(value: object) -> bool:

@@ -77,8 +77,8 @@ def _render(data: dict[str, Any]) -> list[Any]:
 
 def _heads(time: dict[str, Any]) -> Any:
     """One row per layer, the values of its KV heads side by side."""
-    gates = ("never", "post-RoPE", "pre-RoPE")
-    columns = ["layer", "budget ratio", "+ tokens", "gate", "τ_cos", "block s", "dilation r"]
+    gates = ("never", "post", "pre")
+    columns = ["layer", "budget ratio", "+ tokens", "gate (RoPE)", "τ_cos", "block s", "dilation r"]
     rows = []
     for layer, ratios in enumerate(time["budget_ratio"]):
         cells = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 import pytest
+import typer
 
 from prhs_cli import errors
 from prhs_kernels.errors import InputError, PrhsError, ResourceError, UnsupportedModelError, UsageError
@@ -32,6 +33,7 @@ class OutOfMemoryError(RuntimeError):
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/q"), 3, "/q"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 141, ""),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (typer.Abort(), 130, "interrupted"),  # what some releases of Typer make of it
         (errors.Interrupted("interrupted: no bundle was written"), 130, "no bundle"),
         (ZeroDivisionError("division by zero"), 70, "--debug"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import time
 
 import pytest
@@ -53,6 +55,23 @@ def test_progress_without_a_terminal_prints_few_lines(
         "profile: 22/30, 1/s, 8 s left",
         "profile: 30/30, 30 s",
     ]
+
+
+class Terminal(io.StringIO):
+    """A stderr that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal_draws_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with Output().progress() as progress:
+        for done in range(11):
+            progress("profile", done, 10)
+    drawn = sys.stderr.getvalue()
+    assert "profile" in drawn and "10/10" in drawn and "━" in drawn
 
 
 def test_quiet_progress_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
