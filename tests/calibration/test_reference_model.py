@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prhs_calibration.reference_model import data, reference_path
-from prhs_calibration.reference_model.attention_loss import _row_loss
+from prhs_calibration.reference_model.attention_loss import row_loss
 from prhs_calibration.reference_model.batches import BatchSource
 from prhs_calibration.reference_model.checkpoint import load_state
 from prhs_calibration.reference_model.evaluate import recall_by_length, recall_item
@@ -110,9 +110,9 @@ def test_facts_have_different_names_and_fresh_numbers():
 def test_attention_loss_scores_the_target_column():
     query, key = torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)
     query[0, 3, 0] = key[0, 1, 0] = 10.0
-    hit = _row_loss(query, key, torch.tensor([[3, -1]]), torch.tensor([[1, -1]]))
-    miss = _row_loss(query, key, torch.tensor([[3, -1]]), torch.tensor([[2, -1]]))
-    uniform = _row_loss(torch.zeros(1, 4, 8), key, torch.tensor([[2]]), torch.tensor([[0]]))
+    hit = row_loss(query, key, torch.tensor([[3, -1]]), torch.tensor([[1, -1]]))
+    miss = row_loss(query, key, torch.tensor([[3, -1]]), torch.tensor([[2, -1]]))
+    uniform = row_loss(torch.zeros(1, 4, 8), key, torch.tensor([[2]]), torch.tensor([[0]]))
     assert hit < 1e-3 < 10 < miss
     assert uniform.item() == pytest.approx(np.log(3))  # columns after the row do not count
 

@@ -59,13 +59,13 @@ class AttentionTap:
         length = query.shape[1]
         rows = torch.randint(2, length, (_EARLY_ROWS,), generator=generator).to(query.device)
         rows_all = rows.expand(query.shape[0], -1)
-        early = _row_loss(query, key, rows_all, rows_all - 2)
+        early = row_loss(query, key, rows_all, rows_all - 2)
         query, key = self._seen.pop(self.middle)
-        middle = _row_loss(query, key, answers - 1, planted)
+        middle = row_loss(query, key, answers - 1, planted)
         return early, middle
 
 
-def _row_loss(query: Tensor, key: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+def row_loss(query: Tensor, key: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of one head's attention rows `rows` [B, R] against `targets` (negative = absent)."""
     index = rows.clamp(min=0)[..., None].expand(-1, -1, query.shape[-1])
     with torch.autocast(query.device.type, enabled=False):

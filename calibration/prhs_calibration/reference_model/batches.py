@@ -55,7 +55,7 @@ class BatchSource:
         self.tokens = tokens
         self.seed = seed
         self.length, self.batch_size = 128, 1
-        self.line_starts = _line_starts(tokenizer, tokens)
+        self.line_starts = line_starts(tokenizer, tokens)
         self._encode = lru_cache(maxsize=200_000)(self._encode_uncached)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _fit(row: _Row, length: int) -> _Row:
     return _Row(ids, mask, [a for a, _ in kept], [p for _, p in kept])
 
 
-def _line_starts(
+def line_starts(
     tokenizer: "PreTrainedTokenizerFast", tokens: npt.NDArray[np.uint16]
 ) -> npt.NDArray[np.bool_]:
     """True where a token begins with a line break and the one before it does not end in white space.

@@ -27,8 +27,8 @@ def save_state(
     os.replace(partial, path)
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore weights and optimizer in place; returns the counters. InputError when the file does not fit."""
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Restore weights and (if given) optimizer in place; returns the counters. InputError if it cannot."""
     try:
         with safe_open(path, framework="pt") as file:
             counters: dict[str, Any] = json.loads((file.metadata() or {})["counters"])
@@ -43,6 +43,8 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
             if stored is None or stored.shape != parameter.shape:
                 raise InputError(f"{path} holds another shape of {name}; pass the sizes it was trained with")
             parameter.copy_(stored)
+    if optimizer is None:
+        return counters
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):

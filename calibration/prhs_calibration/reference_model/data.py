@@ -11,6 +11,9 @@ import sysconfig
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 HELD_OUT_FILE = "held_out.txt.xz"
 HELD_OUT_CHARS = 3_400_000
 _RECORD = "\x1e"  # starts the header line of each file in an archive; the files are checked not to contain it
@@ -92,6 +95,17 @@ def unpack(archive: bytes) -> dict[str, str]:
         name, _, body = record.partition("\n")
         found[name] = body
     return found
+
+
+def pack_tokens(tokens: npt.NDArray[np.uint16]) -> bytes:
+    """Token ids as one xz stream of little-endian 16-bit numbers."""
+    settings = {"id": lzma.FILTER_LZMA2, "preset": 4, "lc": 0, "lp": 1, "pb": 1}
+    return lzma.compress(tokens.astype("<u2").tobytes(), format=lzma.FORMAT_XZ, filters=[settings])
+
+
+def unpack_tokens(archive: bytes) -> npt.NDArray[np.uint16]:
+    """Inverse of `pack_tokens`."""
+    return np.frombuffer(lzma.decompress(archive), dtype="<u2").astype(np.uint16)
 
 
 def _is_test(name: str) -> bool:

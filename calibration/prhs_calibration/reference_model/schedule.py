@@ -30,3 +30,41 @@ def learning_rate(progress: float, peak: float = PEAK_LR) -> float:
 def attention_loss_weight(progress: float) -> float:
     """Weight of the auxiliary loss: 1 for the first 40 %, falling to 0 at half of the run."""
     return min(1.0, max(0.0, (0.5 - progress) / 0.1))
+
+
+# (sequence length, share of the run, batches per step): the second model's curriculum, larger steps late
+LONG_STAGES: tuple[tuple[int, float, int], ...] = (
+    (256, 0.08, 1),
+    (512, 0.09, 1),
+    (1024, 0.16, 1),
+    (2048, 0.20, 1),
+    (4096, 0.20, 2),
+    (8192, 0.27, 2),
+)
+_STABLE = 0.4  # of the run at the peak rate, then down in a line
+
+
+def long_stage(progress: float, context_length: int) -> tuple[int, int]:
+    """(sequence length, batches per step) of the second model for progress in [0, 1]."""
+    end = 0.0
+    for length, share, batches in LONG_STAGES:
+        end += share
+        if length >= context_length or progress < end - 1e-9:
+            return min(length, context_length), batches
+    return context_length, LONG_STAGES[-1][2]
+
+
+def long_learning_rate(progress: float, peak: float = PEAK_LR) -> float:
+    """Linear warm-up over 2 % of the run, the peak until 40 %, then a line down to 2 % of the peak.
+
+    A cosine would leave almost nothing for the longest sequences, which come last.
+    """
+    if progress < _WARMUP:
+        return peak * max(progress, 1e-4) / _WARMUP
+    left = min(1.0, (1 - min(progress, 1.0)) / (1 - _STABLE))
+    return peak * (_FLOOR + (1 - _FLOOR) * left)
+
+
+def long_attention_weight(progress: float) -> float:
+    """Weight of the auxiliary loss: 1 for the first 15 %, falling to 0 at a quarter of the run."""
+    return min(1.0, max(0.0, (0.25 - progress) / 0.1))

@@ -54,6 +54,22 @@ class TrainingOptions:
     stop_after: int | None = None  # steps; for tests of resuming
     text: Path | None = None  # packed training text instead of this Python's standard library
     state: Path | None = None  # default: out/state.safetensors
+    recipe: str = "short"  # "short": facts up to 2,048 tokens; "long": tasks up to the whole context
+    vocab: int = VOCAB_SIZE  # of a tokenizer trained here
+    query_heads: int | None = None  # default: hidden / 32
+    kv_heads: int | None = None  # default: hidden / 64
+    head_dim: int | None = None  # default: hidden / query heads
+    rope_theta: float = 10_000.0
+    tokenised: Path | None = (
+        None  # training text as tokens of out's tokenizer (`pack_tokens`), instead of text
+    )
+    favoured: int = 0  # tokens at the front of `tokenised` that are drawn more often
+    compile: bool = False
+    finish_by: float | None = None  # Unix time at which training has to end; long recipe
+    publish: Path | None = None  # folder that gets weights and curves every save_seconds; long recipe
+    save_seconds: float = 75.0
+    log_seconds: float = 10.0
+    evaluate: int = 0  # items per task, length and forms in the measurement at the end; long recipe
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,13 +80,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for weights, tokenizer, curves, state"
     )
-    for name, kind in (("text", Path), ("state", Path), ("minutes", float), ("peak-lr", float)):
-        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
-    parser.add_argument("--weight-decay", type=float, default=argparse.SUPPRESS)
-    sizes = "tokens seed hidden layers ffn context-length tokens-per-step workers save-every log-every"
+    for name in ("text", "state", "tokenised", "publish"):
+        parser.add_argument(f"--{name}", type=Path, default=argparse.SUPPRESS)
+    for name in "minutes peak-lr weight-decay rope-theta finish-by save-seconds log-seconds".split():
+        parser.add_argument(f"--{name}", type=float, default=argparse.SUPPRESS)
+    sizes = (
+        "tokens seed hidden layers ffn context-length tokens-per-step workers save-every log-every stop-after"
+    )
+    sizes += " vocab query-heads kv-heads head-dim favoured evaluate"
     for name in sizes.split():
         parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--recipe", choices=("short", "long"), default="short")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--resume", action="store_true")
     train(TrainingOptions(**vars(parser.parse_args(argv))))
 
@@ -78,12 +100,37 @@ def main(argv: list[str] | None = None) -> None:
 def train(options: TrainingOptions) -> "LlamaForCausalLM":
     """Run the schedule; writes `out` (bf16 checkpoint, tokenizer, curves.json) and the resumable state."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if options.recipe == "long":
+        return _train_long(options)
     texts = data.unpack(options.text.read_bytes()) if options.text else data.training_files()
     tokenizer = make_tokenizer(options, texts)
     source = BatchSource(tokenizer, tokenize(tokenizer, texts), options.seed)
     held_out = BatchSource(tokenizer, tokenize(tokenizer, data.held_out_files(), limit=400), options.seed + 1)
     run = _Run(options, source, held_out)
     run.loop()
+    return run.model
+
+
+def _train_long(options: TrainingOptions) -> "LlamaForCausalLM":
+    from .long_run import LongRun
+    from .task_rows import TaskRows
+
+    texts = {} if options.tokenised else data.training_files()
+    tokenizer = make_tokenizer(options, texts)
+    tokens = (
+        data.unpack_tokens(options.tokenised.read_bytes())
+        if options.tokenised
+        else tokenize(tokenizer, texts)
+    )
+    held_out = tokenize(tokenizer, data.held_out_files(), limit=400)
+    run = LongRun(
+        options,
+        tokenizer,
+        TaskRows(tokenizer, tokens, options.seed, options.favoured),
+        TaskRows(tokenizer, held_out, options.seed + 1),
+    )
+    run.loop()
+    run.evaluate()
     return run.model
 
 
@@ -99,7 +146,7 @@ def make_tokenizer(options: TrainingOptions, texts: dict[str, str]) -> "PreTrain
     facts = draw_facts(Random(options.seed), 1000)
     sentences = [f"{fact.sentence}\n{fact.question}{fact.answer}\n" for fact in facts]
     modules = [text for name, text in texts.items() if "test/" not in name]
-    tokenizer = train_tokenizer([*modules, *sentences], options.context_length)
+    tokenizer = train_tokenizer([*modules, *sentences], options.context_length, options.vocab)
     save_tokenizer(tokenizer, options.out)
     return tokenizer
 
@@ -117,13 +164,16 @@ def new_model(options: TrainingOptions) -> "LlamaForCausalLM":
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(options.seed)
+    query_heads = options.query_heads or options.hidden // 32
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=options.vocab,
         hidden_size=options.hidden,
         intermediate_size=options.ffn,
         num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden // 32,
-        num_key_value_heads=options.hidden // 64,
+        num_attention_heads=query_heads,
+        num_key_value_heads=options.kv_heads or options.hidden // 64,
+        head_dim=options.head_dim or options.hidden // query_heads,
+        rope_parameters={"rope_type": "default", "rope_theta": options.rope_theta},
         max_position_embeddings=options.context_length,
         initializer_range=options.hidden**-0.5,
         tie_word_embeddings=True,
@@ -134,7 +184,7 @@ def new_model(options: TrainingOptions) -> "LlamaForCausalLM":
     return LlamaForCausalLM(config)
 
 
-def save_weights(model: "LlamaForCausalLM", out: Path) -> None:
+def save_weights(model: "LlamaForCausalLM", out: Path, max_shard_size: str = "1GB") -> None:
     """Write the bf16 checkpoint; the fp32 weights of the model in training stay as they are."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -142,7 +192,7 @@ def save_weights(model: "LlamaForCausalLM", out: Path) -> None:
     rounded = LlamaForCausalLM(config)
     rounded.to(torch.bfloat16)  # type: ignore[arg-type]
     rounded.load_state_dict(model.state_dict())
-    rounded.save_pretrained(str(out))
+    rounded.save_pretrained(str(out), max_shard_size=max_shard_size)
 
 
 class _Run:

@@ -1,5 +1,6 @@
 """One function per task that draws what to plant and what to ask; sizes are arguments."""
 
+from collections.abc import Sequence
 from random import Random
 
 from . import people
@@ -9,12 +10,21 @@ from .structures import ALIASES, ASSIGNMENTS, LISTED, LISTED_QUESTIONS, PAIRS, P
 from .types import Answer, Block, Episode, Line, Piece, Question, Templates
 
 
-def facts(rng: Random, templates: Templates, *, count: int, asked: int, alike: bool = False) -> Episode:
-    """`count` numbers under different names, `asked` of them asked for.
+def facts(
+    rng: Random,
+    templates: Templates,
+    *,
+    count: int,
+    asked: int,
+    alike: bool = False,
+    statements: Sequence[str] | None = None,
+    questions: Sequence[str] | None = None,
+) -> Episode:
+    """`count` numbers under different names, `asked` of them asked for, in these forms or those of `forms`.
 
     alike: all stated in one form with one attribute, so that the name alone tells them apart.
     """
-    statements, questions = STATEMENTS[templates], QUESTIONS[templates]
+    statements, questions = statements or STATEMENTS[templates], questions or QUESTIONS[templates]
     form, attribute = rng.choice(statements), rng.choice(attributes(templates))
     blocks, asks = [], []
     for index, name in enumerate(rng.sample(names(templates), count)):

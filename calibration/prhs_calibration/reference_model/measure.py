@@ -1,0 +1,286 @@
+"""What a checkpoint can do and how its attention looks, dense, in batches, teacher forced.
+
+Every answer token is the argmax given the tokens before it exactly when greedy decoding writes the answer,
+so one forward per item tells what decoding step by step would.
+"""
+
+import json
+import multiprocessing
+import time
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from prhs_kernels.errors import UsageError
+
+from .fused import FusedLlama
+from .task_rows import TaskBatch
+from .tokenizer import BOS_ID
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from .train import TrainingOptions
+
+_TOKENS_PER_BATCH = 65536
+_SCORED = 512  # tokens at the end of a window over which perplexity is taken
+_WINDOWS = 64
+_ROWS = 64  # query rows per prompt for statistics of attention rows
+
+
+class AdjacentCosine:
+    """Tap: mean cosine of each head's query with the one before it, after RoPE."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.sums: list[Tensor | None] = [None] * num_layers
+        self.batches = 0
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, x: Tensor) -> None:
+        cosine = functional.cosine_similarity(query[:, :, 1:].float(), query[:, :, :-1].float(), dim=-1)
+        mean = cosine.mean((0, 2))
+        so_far = self.sums[layer]
+        self.sums[layer] = mean if so_far is None else so_far + mean
+        self.batches += layer == 0
+
+    def per_head(self) -> Tensor:
+        """[layers, heads]."""
+        return torch.stack([total for total in self.sums if total is not None]) / max(1, self.batches)
+
+    def mean(self) -> list[float]:
+        """Per layer."""
+        means: list[float] = self.per_head().mean(1).tolist()
+        return means
+
+
+def batch_figures(
+    forward: FusedLlama, x: Tensor, ids: Tensor, batch: TaskBatch
+) -> tuple[float, float | None, dict[str, float]]:
+    """(nats per text token, nats per answer token, share of questions answered right by task)."""
+    rows, length = ids.shape
+    columns = torch.arange(rows * length, device=ids.device).view(rows, length)
+    mask = torch.from_numpy(batch.text_mask).to(ids.device)
+    mask[:, 0] = False
+    picks = columns[mask]
+    picks = picks[:: max(1, len(picks) // 8192)]
+    text = functional.cross_entropy(forward.logits(x[picks - 1]), ids.flatten()[picks])
+    if not batch.answers.size:
+        return float(text), None, {}
+    answers = torch.from_numpy(batch.answers).to(ids.device)
+    logits = forward.logits(x[answers - 1])
+    targets = ids.flatten()[answers]
+    right = (logits.argmax(-1) == targets).cpu().numpy()
+    whole = np.ones(len(batch.kinds), dtype=bool)
+    np.logical_and.at(whole, batch.items, right)
+    kinds = np.array(batch.kinds)
+    exact = {str(kind): float(whole[kinds == kind].mean()) for kind in np.unique(kinds)}
+    return float(text), float(functional.cross_entropy(logits, targets)), exact
+
+
+class ItemBuilder:
+    """Builds the evaluation items in a process of its own while the model trains."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", options: "TrainingOptions") -> None:
+        self.folder = options.out / "items"
+        self.lengths = tuple(
+            length for length in (512, 1024, 2048, 4096, 8192) if length >= options.context_length // 4
+        )
+        self.lengths = tuple(length for length in self.lengths if length <= options.context_length)
+        self.count, self.tokenizer, self.context_length = options.evaluate, tokenizer, options.context_length
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=self._build, daemon=True)
+        self.process.start()
+
+    def _build(self) -> None:
+        from ..evaluation.tasks import TASKS
+
+        torch.set_num_threads(1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        np.savez(self.folder / "windows.npz", ids=self._windows())
+        for length in self.lengths:
+            for task in (task for task in TASKS.values() if task.metric == "exact"):
+                for templates in ("seen", "unseen"):
+                    ids = np.zeros((self.count, length), dtype=np.uint16)
+                    starts = np.zeros(self.count, dtype=np.int64)
+                    try:
+                        for index in range(self.count):
+                            item = task.build(self.tokenizer, length=length, seed=index, templates=templates)
+                            ids[index] = item.input_ids
+                            starts[index] = length - len(item.answer_ids)
+                    except UsageError as error:
+                        print(f"no items: {task.name} at {length}: {error}", flush=True)
+                        continue
+                    path = self.folder / f"{length}-{task.name}-{templates}.npz"
+                    np.savez(path.with_suffix(".partial.npz"), ids=ids, starts=starts)
+                    path.with_suffix(".partial.npz").rename(path)
+        (self.folder / "done").touch()
+
+    def _windows(self) -> npt.NDArray[np.uint16]:
+        """Windows of held-out text, `<s>` first."""
+        from ..evaluation.tasks.assemble import plain_text
+
+        rng = Random("perplexity windows")
+        size = self.context_length
+        made = [plain_text(self.tokenizer, length=size, scored=1, rng=rng).input_ids for _ in range(_WINDOWS)]
+        return np.array(made, dtype=np.uint16)
+
+    def wait(self, seconds: float = 120.0) -> None:
+        """Wait for the items, for a limited time; what is there by then is used."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.is_alive() and not (self.folder / "done").exists():
+            time.sleep(0.2)
+
+
+@torch.no_grad()
+def evaluate(forward: FusedLlama, items: ItemBuilder, path: Path, *, device: str) -> dict[str, Any]:
+    """All figures of a checkpoint; the file is rewritten after each part, so that a stop keeps the rest."""
+    started = time.monotonic()
+    items.wait()
+    table: dict[str, Any] = {}
+    result: dict[str, Any] = {
+        "conditions": {
+            "items_per_cell": items.count,
+            "dtype": str(forward.dtype),
+            "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+            "attention": "dense, teacher forced",
+        },
+        "exact_match": table,
+    }
+    windows = np.load(items.folder / "windows.npz")["ids"]
+    result["perplexity"] = _perplexities(forward, windows, device)
+    _write(path, result)
+    prompts = windows[:4]
+    result["attention"] = {"held_out_text": attention_figures(forward, prompts, device)}
+    _write(path, result)
+    for length in items.lengths:
+        for file in sorted(items.folder.glob(f"{length}-*.npz")):
+            if file.name.endswith(".partial.npz"):
+                continue
+            with np.load(file) as data:
+                share = exact_share(forward, data["ids"], data["starts"], device)
+            _, task, templates = file.stem.split("-")
+            table.setdefault(templates, {}).setdefault(task, {})[str(length)] = round(share, 4)
+        result["seconds"] = round(time.monotonic() - started, 1)
+        _write(path, result)
+        print(
+            json.dumps(
+                {
+                    "length": length,
+                    **{t: {k: v.get(str(length)) for k, v in r.items()} for t, r in table.items()},
+                }
+            )
+        )
+    needles = items.folder / f"{items.lengths[-1]}-multi_key_needle-seen.npz"
+    if needles.exists():
+        with np.load(needles) as data:
+            result["attention"]["multi_key_needle"] = attention_figures(forward, data["ids"][:4], device)
+    result["seconds"] = round(time.monotonic() - started, 1)
+    _write(path, result)
+    return result
+
+
+def exact_share(
+    forward: FusedLlama, ids: npt.NDArray[np.uint16], starts: npt.NDArray[np.int64], device: str
+) -> float:
+    """Share of items whose tokens from `starts` on are all the argmax."""
+    length = ids.shape[1]
+    size = max(1, _TOKENS_PER_BATCH // length)
+    right = 0
+    for first in range(0, len(ids), size):
+        tokens = torch.from_numpy(ids[first : first + size].astype(np.int64)).to(device)
+        x = forward.hidden(tokens).view(len(tokens), length, -1)
+        for row, start in enumerate(starts[first : first + size].tolist()):
+            guesses = forward.logits(x[row, start - 1 : length - 1]).argmax(-1)
+            right += bool((guesses == tokens[row, start:]).all())
+    return right / len(ids)
+
+
+def _perplexities(forward: FusedLlama, windows: npt.NDArray[np.uint16], device: str) -> dict[str, Any]:
+    """Perplexity of the same last tokens of each window, given contexts of several lengths."""
+    full = windows.shape[1]
+    scored = min(_SCORED, full // 4)
+    lengths = sorted({length for length in (1024, 2048, 4096, full) if 2 * scored <= length <= full} | {full})
+    rows: dict[str, Any] = {"scored_tokens": int(scored * len(windows)), "by_context": {}}
+    for length in lengths:
+        cut = np.concatenate(
+            (np.full((len(windows), 1), BOS_ID, dtype=np.uint16), windows[:, 1 - length :]), axis=1
+        )
+        size, total = max(1, _TOKENS_PER_BATCH // length), 0.0
+        for first in range(0, len(cut), size):
+            tokens = torch.from_numpy(cut[first : first + size].astype(np.int64)).to(device)
+            x = forward.hidden(tokens).view(len(tokens), length, -1)[:, -scored - 1 : -1]
+            total += float(
+                functional.cross_entropy(
+                    forward.logits(x).flatten(0, 1), tokens[:, -scored:].flatten(), reduction="sum"
+                )
+            )
+        rows["by_context"][str(length)] = round(float(np.exp(total / (scored * len(windows)))), 4)
+    return rows
+
+
+def attention_figures(forward: FusedLlama, prompts: npt.NDArray[np.uint16], device: str) -> dict[str, Any]:
+    """Statistics of dense attention on whole prompts `[n, T]`; rows come from the last eighth.
+
+    Per layer and head: cosine of adjacent queries after RoPE, positions needed for 98 % of a row (share
+    of the row), mass on position 0 and on the first four. Per layer against the one before: cosine of inputs,
+    keys and values, and overlap of the rows (1 - total variation, mean over heads in order).
+    """
+    layers = len(forward.model.model.layers)
+    cosines = AdjacentCosine(layers)
+    sums: dict[str, list[Tensor]] = {}
+    length = prompts.shape[1]
+    at = torch.linspace(length - length // 8, length - 1, min(_ROWS, length // 8), device=device).long()
+    last: dict[str, Tensor] = {}
+
+    def add(name: str, value: Tensor) -> None:
+        sums.setdefault(name, []).append(value.double().cpu())
+
+    def tap(layer: int, query: Tensor, key: Tensor, value: Tensor, x: Tensor) -> None:
+        cosines(layer, query, key, value, x)
+        group = query.shape[1] // key.shape[1]
+        keys = key.repeat_interleave(group, dim=1).float()
+        scores = query[:, :, at].float() @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+        later = torch.arange(length, device=device) > at[:, None]
+        rows = scores.masked_fill(later, float("-inf")).softmax(-1)[0]
+        cumulated = rows.sort(dim=-1, descending=True).values.cumsum(-1)
+        needed = (cumulated < 0.98).sum(-1) + 1
+        add("positions_for_98_percent", (needed / (at + 1)).mean(-1))
+        add("median_positions_for_98_percent", needed.float().median(-1).values)
+        add("sink_mass_first", rows[..., 0].mean(-1))
+        add("sink_mass_first_four", rows[..., :4].sum(-1).mean(-1))
+        seen = {"input": x.view(1, length, -1), "key": key, "value": value}
+        for name, now in seen.items():
+            if name in last:
+                add(
+                    f"similarity_{name}",
+                    functional.cosine_similarity(now.float(), last[name].float(), dim=-1).mean(),
+                )
+        if "rows" in last:
+            add("overlap_rows", torch.minimum(rows, last["rows"]).sum(-1).mean())
+        last.update(seen | {"rows": rows})
+
+    for prompt in prompts:
+        last.clear()
+        forward.hidden(torch.from_numpy(prompt[None].astype(np.int64)).to(device), tap)
+    figures: dict[str, Any] = {"prompts": len(prompts), "length": length, "rows_per_prompt": len(at)}
+    figures["adjacent_cosine"] = _rounded(cosines.per_head())
+    figures["adjacent_cosine_mean"] = round(float(cosines.per_head().mean()), 4)
+    for name, values in sums.items():
+        stacked = torch.stack(values).unflatten(0, (len(prompts), -1)).mean(0)
+        figures[name] = _rounded(stacked)
+        figures[f"{name}_mean"] = round(float(stacked.mean()), 4)
+    return figures
+
+
+def _rounded(values: Tensor) -> Any:
+    return [_rounded(v) for v in values] if values.dim() else round(float(values), 4)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
