@@ -95,11 +95,16 @@ def test_the_wheel_holds_our_packages_and_nothing_else(site: Path) -> None:
         "prhs_kernels",
         "prhs_calibration",
     }
+    built = site.parent / "sources"
     sources = {
         f"{base.name}/{path.relative_to(base).as_posix()}"
-        for base in (ROOT / "prhs_cli", ROOT / "kernels/prhs_kernels", ROOT / "calibration/prhs_calibration")
+        for base in (
+            built / "prhs_cli",
+            built / "kernels/prhs_kernels",
+            built / "calibration/prhs_calibration",
+        )
         for path in base.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file()
     }
     assert sources <= set(names), f"missing in the wheel: {sorted(sources - set(names))}"
     assert any(name.endswith("LICENSE") for name in names)
