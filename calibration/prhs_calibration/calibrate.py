@@ -107,8 +107,7 @@ def calibrate(
         for split, count in sizes.items()
     }
     base = dataclasses.replace(dense_params(loaded.model.config), num_sinks=NUM_SINKS, num_local=NUM_LOCAL)
-    aim = max(((num_prompts + 1) * delta - 1) / num_prompts, delta / 10)
-    fitted = _Fit(loaded, prompts["fit"], delta, aim, base, report).run(axes)
+    fitted = _Fit(loaded, prompts["fit"], delta, num_prompts, base, report).run(axes)
     losses = closed_loop_losses(
         loaded.model,
         prompts["select"],
@@ -157,7 +156,7 @@ def estimate_cost(
     shape = dense_params(config)
     fit_count = fit_prompts or fit_prompts_for(num_prompts)
     passes = 2 * fit_count + 4 * AXIS_PROMPTS + num_prompts  # prefills
-    decode_passes = 2 * fit_count + 4 * AXIS_PROMPTS + num_prompts * len(fit.dial_targets(1.0))
+    decode_passes = 2 * fit_count + 4 * AXIS_PROMPTS + num_prompts * len(fit.dial_targets(0.02, num_prompts))
     weights = config.num_hidden_layers * (
         3 * config.hidden_size * config.intermediate_size
         + config.hidden_size * shape.head_dim * (2 * shape.num_qo_heads + 2 * shape.num_kv_heads)
@@ -176,7 +175,7 @@ class _Fit:
     loaded: LoadedModel
     prompts: list[Prompt]
     delta: float
-    aim: float  # largest mean loss that risk control can admit on the selection split
+    num_select: int  # prompts of the selection split
     base: SelectorParams
     progress: Progress
 
@@ -201,7 +200,7 @@ class _Fit:
         self._observe("time profile", self.params, time.add)
         self.profile["cosine"] = time.cosine
         if "time" in axes:
-            self.dial = fit.fit_dial(time, self.delta, fit.dial_targets(self.aim))
+            self.dial = fit.fit_dial(time, self.delta, fit.dial_targets(self.delta, self.num_select))
         else:
             self.dial = fit.dense_dial(time)
         return self

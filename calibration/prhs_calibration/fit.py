@@ -13,8 +13,9 @@ from scipy.optimize import curve_fit
 
 from prhs_calibration.statistics import BUDGET_RATIOS, FRACTIONS, GateSetting, TimeStatistics
 
-LOSS_GRID = np.geomspace(0.25, 0.005, 9)
-NEAR_AIM = np.array([0.7, 0.8, 0.9, 1.0])
+USUAL_DELTAS = (0.3, 0.2, 0.15, 0.1, 0.075, 0.05, 0.03, 0.015)
+NEAR = np.array([0.75, 0.84, 0.92, 0.97, 1.02])  # of the admitted loss: open and closed loop differ a little
+MARGIN = 0.93
 MIN_FRACTION = 0.02  # a schedule that drops less than this, averaged over layers, is not worth having
 
 
@@ -140,13 +141,19 @@ def read_cost(kept: np.ndarray, retrieval_ratio: np.ndarray) -> np.ndarray:
     return np.asarray(cost)
 
 
-def dial_targets(aim: float) -> np.ndarray:
+def dial_targets(delta: float, num_prompts: int) -> np.ndarray:
     """Open-loop losses at which the dial gets its sparse points, decreasing.
 
-    Spread over everything one may ask of a stored curve, and close together just below `aim`, the largest
-    loss that risk control can admit at the asked δ: a coarse dial gives away what lies between two points.
+    A coarse dial gives away what lies between two points, so they stand where risk control is likely to look:
+    a little below the largest mean loss that `num_prompts` prompts admit at the usual δ, and closer together
+    below that of the δ asked for.
     """
-    return np.sort(np.concatenate([LOSS_GRID, aim * NEAR_AIM]))[::-1]
+
+    def admitted(asked: float) -> float:
+        return max(((num_prompts + 1) * asked - 1) / num_prompts, asked / 10)
+
+    usual = [MARGIN * admitted(other) for other in USUAL_DELTAS]
+    return np.unique([*usual, *(admitted(delta) * NEAR)])[::-1]
 
 
 def fit_dial(statistics: TimeStatistics, delta: float, targets: np.ndarray) -> Dial:
