@@ -179,18 +179,29 @@ def fastest_backends(shape: tuple[int, int, int, int, int], device: str) -> list
         for size in sizes
     )
     times: dict[SDPBackend, float] = {}
+    expected: list[Tensor] = []
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         try:
-            with sdpa_kernel(backend):
-                for repeat in range(6):
-                    if repeat == 3:
-                        torch.cuda.synchronize()
-                        started = time.monotonic()
-                    out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-                    out.backward(torch.ones_like(out))
-            torch.cuda.synchronize()
-            times[backend] = time.monotonic() - started
+            times[backend], found = _timed_attention(backend, q, k, v)
         except RuntimeError as error:
             print(f"{backend.name} cannot run: {str(error)[:200]}", flush=True)
-    print({backend.name: f"{1000 * t / 3:.2f} ms" for backend, t in times.items()}, flush=True)
+            continue
+        expected = expected or found
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+        print(f"{backend.name}: {1000 * times[backend]:.2f} ms, difference {max(errors):.1e}", flush=True)
+        if not max(errors) < 0.02:
+            del times[backend]
     return sorted(times, key=lambda backend: times[backend])
+
+
+def _timed_attention(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> tuple[float, list[Tensor]]:
+    """(seconds of a forward and backward, output and gradients)."""
+    with sdpa_kernel(backend):
+        for repeat in range(6):
+            if repeat == 3:
+                torch.cuda.synchronize()
+                started = time.monotonic()
+            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            gradients = torch.autograd.grad(out, (q, k, v), out.detach())
+        torch.cuda.synchronize()
+    return (time.monotonic() - started) / 3, [t.detach().float() for t in (out, *gradients)]

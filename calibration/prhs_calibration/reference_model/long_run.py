@@ -5,6 +5,7 @@ curves are published every `save_seconds`, whole or not at all, so that a run cu
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -47,6 +48,7 @@ class LongRun:
         self.duration = 60.0 * options.minutes if options.minutes is not None else None
         self.step, self.elapsed, self.tokens_seen = 0, 0.0, 0
         self.curves: list[dict[str, Any]] = []
+        self.rate_factor = 1.0
         self._last = (0, 0.0)  # tokens and seconds at the last log
         self.items = measure.ItemBuilder(tokenizer, options) if options.evaluate else None
         self.state_path = options.state or options.out / "state.safetensors"
@@ -106,6 +108,7 @@ class LongRun:
         started = time.monotonic() - self.elapsed
         logged = saved = self.elapsed
         last = self.options.stop_after
+        figures: dict[str, Any] = {"text": 0.0}
         while self.progress < 1 and not (last and self.step >= last):
             figures = self._train_step()
             self.step += 1
@@ -118,10 +121,19 @@ class LongRun:
                 self._log(figures)
             if self.elapsed - saved >= self.options.save_seconds:
                 saved = self.elapsed
-                self.save()
-        self.save()
+                self._save_or_restore(figures)
+        self._save_or_restore(figures)
         self.loader.close()
         self.held_out.close()
+
+    def _save_or_restore(self, figures: dict[str, Any]) -> None:
+        """Save; if the loss is no longer a number, go back to what was saved and halve the rate instead."""
+        if math.isfinite(float(figures["text"])) or not self.state_path.exists():
+            self.save()
+            return
+        print(f"step {self.step}: the loss is not finite; back to the last saved state", flush=True)
+        load_state(self.state_path, self.model, self.optimizer)
+        self.rate_factor /= 2
 
     def evaluate(self) -> None:
         """Measure the model as stored (weights rounded to bf16) and write evaluation.json."""
@@ -162,7 +174,7 @@ class LongRun:
         length, accumulate = long_stage(progress, self.options.context_length)
         self.loader.set_length(length)
         self.held_out.set_length(length)
-        rate = long_learning_rate(progress, self.options.peak_lr)
+        rate = self.rate_factor * long_learning_rate(progress, self.options.peak_lr)
         weight = long_attention_weight(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -273,12 +285,15 @@ class LongRun:
         }
         (out / "curves.json").write_text(json.dumps(run, indent=1) + "\n")
         if self.options.publish:
-            publish(out, self.options.publish)
+            try:
+                publish(out, self.options.publish)
+            except OSError as error:  # the run matters more than this copy
+                print(f"not published: {error}", flush=True)
 
 
 def publish(source: Path, target: Path) -> None:
     """Copy weights and curves to `target`: complete files first, then quick renames one after another."""
-    staging = target.parent / f".{target.name}.staging"
+    staging = source / "staging"
     staging.mkdir(parents=True, exist_ok=True)
     target.mkdir(parents=True, exist_ok=True)
     names = [path.name for path in sorted(source.iterdir()) if path.name.startswith("model")]
