@@ -1,0 +1,1 @@
+"""Merge attention states (output, log-sum-exp) of disjoint sets of keys."""

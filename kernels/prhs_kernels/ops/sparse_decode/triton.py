@@ -1,0 +1,209 @@
+"""Split-K decode attention over gathered rows, the query group packed into one matrix product.
+
+The tile of indices for the next iteration is carried through the loop: with `idx = load; k = load(idx)` in
+one iteration the compiler keeps a single K and V buffer in flight, with the carried tile `num_stages - 1`.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from prhs_kernels.ops.decode_config import DecodeConfig
+from prhs_kernels.ops.merge_state.triton import merge_state
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_query(
+    q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The group's queries as one tile `[BLOCK_G, BLOCK_D]`, zeros where padded."""
+    offs_g = tl.arange(0, BLOCK_G)
+    offs_d = tl.arange(0, BLOCK_D)
+    return tl.load(
+        q_ptr + batch * stride_qb + (head * GROUP + offs_g[:, None]) * stride_qh + offs_d[None, :],
+        mask=(offs_g[:, None] < GROUP) & (offs_d[None, :] < HEAD_DIM),
+        other=0.0,
+    )
+
+
+@triton.jit
+def load_rows(base_ptr, slots, valid, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of K or V `[len(slots), BLOCK_D]`; a row that is not valid is 0 and not touched."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = base_ptr + slots.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(ptrs, mask=valid[:, None], other=0.0)
+    else:
+        return tl.load(ptrs, mask=valid[:, None] & (offs_d[None, :] < HEAD_DIM), other=0.0)
+
+
+@triton.jit
+def attend_tile(q, k, v, valid, best, total, acc, scale_log2, PRECISION: tl.constexpr):
+    """One step of the running softmax, base 2: best and total `[BLOCK_G]`, acc `[BLOCK_G, BLOCK_D]`."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    scores = tl.where(valid[None, :], scores, float("-inf"))
+    higher = tl.maximum(best, tl.max(scores, axis=1))
+    base = tl.where(higher > float("-inf"), higher, 0.0)  # -inf - -inf would be NaN
+    shrink = tl.exp2(best - base)
+    probs = tl.exp2(scores - base[:, None])
+    total = total * shrink + tl.sum(probs, axis=1)
+    acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return higher, total, acc
+
+
+@triton.jit
+def store_state(
+    out_ptr, lse_ptr, batch, head, split, splits, num_qo_heads, best, total, acc,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Normalise and store the state of one split; zeros and -inf if it is empty."""
+    offs_g = tl.arange(0, BLOCK_G)
+    offs_d = tl.arange(0, BLOCK_D)
+    rows = (batch * num_qo_heads + head * GROUP + offs_g) * splits + split
+    filled = total > 0.0
+    out = acc / tl.where(filled, total, 1.0)[:, None]
+    mask = (offs_g[:, None] < GROUP) & (offs_d[None, :] < HEAD_DIM)
+    tl.store(
+        out_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask
+    )
+    lse = (best + tl.log2(tl.where(filled, total, 1.0))) * LN_2
+    tl.store(lse_ptr + rows, lse, mask=offs_g < GROUP)
+
+
+@triton.jit
+def sparse_decode_kernel(
+    q_ptr,  # [batch, num_qo_heads, HEAD_DIM]
+    k_ptr,  # [batch, num_kv_heads, n, HEAD_DIM]
+    v_ptr,
+    idx_ptr,  # [batch * num_kv_heads, max_kept], -1 is no row
+    count_ptr,  # [batch * num_kv_heads]
+    spans_ptr,  # [batch, 4]
+    out_ptr,  # [batch, num_qo_heads, splits, HEAD_DIM]
+    lse_ptr,  # [batch, num_qo_heads, splits]
+    scale,
+    num_kv_heads,
+    max_kept,
+    splits,
+    stride_qb,
+    stride_qh,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
+    HAS_SPANS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    batch, head = row // num_kv_heads, row % num_kv_heads
+    count = max_kept
+    if HAS_COUNT:
+        count = tl.minimum(tl.load(count_ptr + row).to(tl.int32), max_kept)
+    # the device-side count is divided, not the capacity: splits stay balanced
+    per_split = tl.cdiv(tl.cdiv(count, BLOCK_N), splits) * BLOCK_N
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, count)
+    first, sink_end, window = 0, 0, 0
+    if HAS_SPANS:
+        first = tl.load(spans_ptr + batch * 4)
+        sink_end = tl.load(spans_ptr + batch * 4 + 1)
+        window = tl.load(spans_ptr + batch * 4 + 2)
+
+    q = load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D)
+    k_ptr += batch * stride_kb + head * stride_kh
+    v_ptr += batch * stride_vb + head * stride_vh
+    idx_ptr += row * max_kept
+    best = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    offs_n = tl.arange(0, BLOCK_N)
+    slots = tl.load(idx_ptr + begin + offs_n, mask=begin + offs_n < end, other=-1)
+    for start in range(begin, end, BLOCK_N):
+        ahead = start + BLOCK_N + offs_n
+        following = tl.load(idx_ptr + ahead, mask=ahead < end, other=-1)
+        valid = slots >= 0
+        if HAS_SPANS:
+            valid = valid & ((slots >= window) | ((slots >= first) & (slots < sink_end)))
+        k = load_rows(k_ptr, slots, valid, stride_kn, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_ptr, slots, valid, stride_vn, HEAD_DIM, BLOCK_D)
+        best, total, acc = attend_tile(q, k, v, valid, best, total, acc, scale * LOG2_E, PRECISION)
+        slots = following
+    store_state(
+        out_ptr, lse_ptr, batch, head, split, splits, num_kv_heads * GROUP, best, total, acc,
+        HEAD_DIM, GROUP, BLOCK_G, BLOCK_D,
+    )  # fmt: skip
+
+
+def sparse_decode(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    count: torch.Tensor | None,
+    spans: torch.Tensor | None,
+    scale: float,
+    config: DecodeConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch; arguments as in `api.sparse_decode`, already checked, index tensors contiguous."""
+    batch, num_qo_heads, _, head_dim = query.shape
+    num_kv_heads, max_kept = indices.shape[1:]
+    splits = config.num_splits
+    part, lse, output = state_buffers(query, splits)
+    sparse_decode_kernel[(batch * num_kv_heads, splits)](
+        query,
+        keys,
+        values,
+        indices,
+        count if count is not None else indices,
+        spans if spans is not None else indices,
+        part,
+        lse,
+        scale,
+        num_kv_heads,
+        max_kept,
+        splits,
+        query.stride(0),
+        query.stride(1),
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        **config.constants(query, num_kv_heads),
+        HAS_COUNT=count is not None,
+        HAS_SPANS=spans is not None,
+    )
+    return finish(part, lse, output, splits)
+
+
+def state_buffers(query: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Partial states, their lse and the output; with one split the partial state is the output."""
+    batch, num_qo_heads, _, head_dim = query.shape
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch * num_qo_heads, splits, dtype=torch.float32, device=query.device)
+    if splits == 1:
+        return output, lse, output
+    part = torch.empty(batch * num_qo_heads, splits, head_dim, dtype=torch.float32, device=query.device)
+    return part, lse, output
+
+
+def finish(
+    part: torch.Tensor, lse: torch.Tensor, output: torch.Tensor, splits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the splits. Returns output `[batch, num_qo_heads, 1, head_dim]` and lse without head_dim."""
+    if splits > 1:
+        lse = merge_state(part, lse, output.view(-1, output.shape[-1]))
+    return output, lse.view(output.shape[:3])

@@ -1,0 +1,192 @@
+"""Decode kernels against the reference: in the interpreter without a GPU, compiled and in bf16 with one.
+
+`test_triton_interpreter.py` runs this file in a process of its own, since the interpreter is chosen when
+triton is imported.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from prhs_kernels.errors import UsageError
+from prhs_kernels.ops.dense_decode.api import dense_decode
+from prhs_kernels.ops.merge_state.api import merge_state
+from prhs_kernels.ops.spans import candidate_spans, span_mask
+from prhs_kernels.ops.sparse_decode.api import sparse_decode
+from prhs_kernels.ops.sparse_decode.reference import kept_indices
+from prhs_kernels.testing.tolerances import assert_as_exact_as, sum_of_terms
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# bf16 is silently wrong in the interpreter
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+LENGTHS = [1, 15, 17, 63, 111, 1000]
+HEADS = [(4, 4), (6, 2), (16, 1)]  # query, KV
+BATCH = 2
+
+
+def inputs(
+    length: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Generator]:
+    generator = torch.Generator().manual_seed(length + head_dim)
+
+    def draw(count: int, rows: int) -> torch.Tensor:
+        drawn = torch.randn(BATCH, count, rows, head_dim, generator=generator)
+        return drawn.to(device=DEVICE, dtype=dtype)
+
+    return draw(heads[0], 1), draw(heads[1], length), draw(heads[1], length), generator
+
+
+def compare(
+    found: tuple[torch.Tensor, ...],
+    stock: tuple[torch.Tensor, ...],
+    exact: tuple[torch.Tensor, ...],
+    terms: float,
+) -> None:
+    assert_as_exact_as(found[0], stock[0], exact[0], "output")
+    assert_as_exact_as(found[1], stock[1], exact[1], "lse", terms)
+
+
+def spread(*axes: Sequence) -> list[tuple]:
+    """Every value of every axis, partners drawn: the interpreter is too slow for the whole product."""
+    count = 2 * max(len(axis) for axis in axes)
+    shuffle = random.Random(0).sample
+    columns = [shuffle((list(axis) * count)[:count], count) for axis in axes]
+    return list(dict.fromkeys(zip(*columns, strict=True)))
+
+
+HEAD_DIM = [64, 80, 96, 128, 256]
+SPLITS = [1, 3]
+CASES = spread(LENGTHS, HEADS, HEAD_DIM, DTYPES, SPLITS)
+
+
+@pytest.mark.parametrize(("length", "heads", "head_dim", "dtype", "splits"), CASES)
+def test_sparse_decode(
+    length: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, splits: int
+) -> None:
+    """Nothing, one, some and all rows kept; rows not kept and the tail of the indices hold poison."""
+    query, keys, values, generator = inputs(length, heads, head_dim, dtype)
+    kept = torch.rand(BATCH, heads[1], length, generator=generator) < 0.4
+    kept[0, 0], kept[1, 0] = False, True
+    kept[0, -1] = kept[0, -1] & (heads[1] > 1)
+    kept = kept.to(DEVICE)
+    indices, count = kept_indices(kept)
+    stock = sparse_decode(query, keys, values, indices, scale=0.11, backend="reference")
+    exact = sparse_decode(
+        *(t.double() for t in (query, keys, values)), indices, scale=0.11, backend="reference"
+    )
+    for cache in (keys, values):
+        cache[~kept] = torch.nan
+    behind = indices < 0
+    for poisoned in (indices, indices.masked_fill(behind, 10**6).int()):
+        given = count.int() if poisoned.dtype == torch.int32 else None
+        found = sparse_decode(
+            query, keys, values, poisoned, count=given, scale=0.11, num_splits=splits, backend="triton"
+        )
+        compare(found, stock, exact, sum_of_terms(query, keys, 0.11))
+    assert (found[0][0, : heads[0] // heads[1]] == 0).all(), "a head without rows gives zeros"
+
+
+@pytest.mark.parametrize(("length", "heads", "head_dim", "dtype", "splits"), CASES)
+def test_dense_decode(
+    length: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, splits: int
+) -> None:
+    query, keys, values, _ = inputs(length, heads, head_dim, dtype)
+    used, padding = torch.tensor([length, (length + 1) // 2]), torch.tensor([length // 3, 0])
+    variants = [
+        None,
+        candidate_spans(used, padding),
+        candidate_spans(used, padding, sliding_window=13),
+        candidate_spans(used, padding, num_sinks=2, num_local=3, window_start=used // 4),
+        torch.zeros(BATCH, 4, dtype=torch.int32),
+    ]
+    for spans in variants:
+        spans = None if spans is None else spans.to(DEVICE)
+        arguments = {"scale": 0.11, "spans": spans}
+        stock = dense_decode(query, keys, values, **arguments, backend="reference")
+        exact = dense_decode(*(t.double() for t in (query, keys, values)), **arguments, backend="reference")
+        dirty = [keys.clone(), values.clone()]
+        if spans is not None:
+            for cache in dirty:
+                cache.masked_fill_(~span_mask(spans, length)[:, None, :, None], torch.nan)
+        found = dense_decode(query, *dirty, **arguments, num_splits=splits, backend="triton")
+        compare(found, stock, exact, sum_of_terms(query, keys, 0.11))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 17, 40])
+@pytest.mark.parametrize("head_dim", [80, 256])
+def test_merge_state(splits: int, head_dim: int) -> None:
+    generator = torch.Generator().manual_seed(splits)
+    output = torch.randn(3, 2, splits, head_dim, generator=generator).to(DEVICE)
+    lse = (20 * torch.randn(3, 2, splits, generator=generator)).to(DEVICE)
+    empty = torch.rand(3, 2, splits, generator=generator).to(DEVICE) < 0.3
+    empty[0, 0], empty[0, 1] = True, False
+    lse[empty] = -torch.inf
+    stock = merge_state(output, lse, backend="reference")
+    exact = merge_state(output.double(), lse.double(), backend="reference")
+    output[empty] = torch.nan  # nobody writes the state of an empty split
+    compare(merge_state(output, lse, backend="triton"), stock, exact, 0.0)
+
+
+def test_spans_drop_indices_that_left_the_window() -> None:
+    query, keys, values, _ = inputs(111, (4, 2), 64, torch.float32)
+    indices = torch.arange(0, 111, 3, dtype=torch.int32, device=DEVICE).expand(BATCH, 2, -1).contiguous()
+    spans = torch.tensor([[0, 6, 40, 111], [5, 5, 60, 111]], dtype=torch.int32, device=DEVICE)
+    keys.masked_fill_(~span_mask(spans, 111)[:, None, :, None], torch.nan)
+    found = sparse_decode(query, keys, values, indices, spans=spans, scale=0.1, backend="triton")
+    clean = keys.nan_to_num()
+    stock = sparse_decode(query, clean, values, indices, spans=spans, scale=0.1, backend="reference")
+    double = (t.double() for t in (query, clean, values))
+    exact = sparse_decode(*double, indices, spans=spans, scale=0.1, backend="reference")
+    compare(found, stock, exact, sum_of_terms(query, keys, 0.1))
+
+
+def test_cache_views_are_read_in_place() -> None:
+    """A preallocated cache, laid out `[batch, n, heads, head_dim]`, of which a part is in use."""
+    query, keys, values, _ = inputs(111, (6, 2), 80, torch.float32)
+    room = torch.full((BATCH, 300, 2, 80), torch.nan, device=DEVICE)
+    room[:, :111] = keys.transpose(1, 2)
+    view = room[:, :111].transpose(1, 2)
+    found = dense_decode(query, view, values, scale=0.1, backend="triton")
+    same = dense_decode(query, keys, values, scale=0.1, backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """A stride of 2**30 elements: slot 3 lies behind what 32 bits can address. Nothing of it is allocated
+    but the pages that are touched."""
+    if DEVICE == "cuda":
+        pytest.skip("needs memory that is only reserved, not filled")
+    stride = 2**30
+    with tempfile.TemporaryFile() as file:
+        file.truncate(2 * (3 * stride + 64))  # a hole: takes no space
+        room = torch.from_file(
+            f"/proc/self/fd/{file.fileno()}", shared=True, size=3 * stride + 64, dtype=torch.float16
+        )
+    keys = room.as_strided((1, 1, 4, 64), (64, 64, stride, 1))
+    values = torch.randn(1, 1, 4, 64, generator=torch.Generator().manual_seed(0)).half()
+    indices = torch.tensor([[[1, 3]]])
+    found = sparse_decode(torch.ones(1, 1, 1, 64).half(), keys, values, indices, scale=0.1, backend="triton")
+    torch.testing.assert_close(
+        found[0][0, 0, 0].float(), values[0, 0, [1, 3]].float().mean(0), atol=1e-3, rtol=0
+    )
+
+
+def test_limits_of_the_kernels_are_named() -> None:
+    query, keys, values, _ = inputs(15, (4, 2), 72, torch.float32)
+    with pytest.raises(UsageError, match="head_dim = 72"):
+        dense_decode(query, keys, values, scale=1.0, backend="triton")
+    query, keys, values, _ = inputs(15, (34, 2), 64, torch.float32)
+    with pytest.raises(UsageError, match="17 query heads per KV head"):
+        dense_decode(query, keys, values, scale=1.0, backend="triton")
+    with pytest.raises(UsageError, match="float64"):
+        dense_decode(query.double(), keys.double(), values.double(), scale=1.0, backend="triton")
+
+
+def test_cases_cover_every_value() -> None:
+    for axis, values in enumerate((LENGTHS, HEADS, HEAD_DIM, DTYPES, SPLITS)):
+        assert {case[axis] for case in CASES} == set(values)
