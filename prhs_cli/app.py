@@ -10,7 +10,17 @@ from typing import Annotated, NoReturn
 import typer
 
 from prhs_cli import errors
-from prhs_cli.commands import analyze, calibrate, doctor, generate, inspect, models, plot, verify_bound
+from prhs_cli.commands import (
+    analyze,
+    calibrate,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    models,
+    plot,
+    verify_bound,
+)
 
 app = typer.Typer(
     name="prhs",
@@ -34,6 +44,7 @@ for name, module in (
     ("generate", generate),
     ("analyze", analyze),
     ("plot", plot),
+    ("evaluate", evaluate),
     ("models", models),
     ("doctor", doctor),
 ):

@@ -29,14 +29,14 @@ class Source:
         return loaded, choose_bundle(out, loaded, self.bundle)
 
 
-def conditions(loaded: LoadedModel, bundle: Bundle, seed: int) -> dict[str, Any]:
+def conditions(loaded: LoadedModel, bundle: Bundle | None, seed: int) -> dict[str, Any]:
     """What a result file says about how it was made."""
     from prhs_calibration import results
 
     return results.conditions(
         model=loaded.model_id,
         revision=loaded.revision,
-        bundle=bundle.path,
+        bundle=None if bundle is None else bundle.path,
         device=str(loaded.model.device),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
         seeds={"corpus": seed},

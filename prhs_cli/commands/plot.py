@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from prhs_cli import options
-from prhs_cli.commands import analyze, verify_bound
+from prhs_cli.commands import analyze, evaluate, verify_bound
 from prhs_cli.loading import Source
 from prhs_cli.output import Output
 from prhs_kernels.errors import UsageError
@@ -18,14 +18,18 @@ Examples:
   prhs plot posterior-bias                       the newest result, or a small analysis made for it
   prhs plot posterior-bias result.json -o figure.pdf
   prhs plot bound                                the newest result of verify-bound
-  prhs plot risk reference.safetensors           the risk curve of a bundle"""
+  prhs plot risk reference.safetensors           the risk curve of a bundle
+  prhs plot accuracy                             the newest result of evaluate"""
 
+KINDS = {"accuracy": "evaluate"}  # of the results that a figure is drawn from, where they are named otherwise
 SMALL = 4  # prompts of the analysis that is made when there is no result
+SMALL_TASKS = ("single_needle", "perplexity")
 
 
 def command(
     figure: Annotated[
-        Literal["posterior-bias", "bound", "risk"], typer.Argument(help="What to draw.", show_default=False)
+        Literal["posterior-bias", "bound", "risk", "accuracy"],
+        typer.Argument(help="What to draw.", show_default=False),
     ],
     result: Annotated[
         Path | None,
@@ -48,7 +52,7 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw a figure from a result file of analyze or verify-bound, or from a bundle."""
+    """Draw a figure from a result file of analyze, verify-bound or evaluate, or from a bundle."""
     out = Output(as_json=as_json, quiet=quiet)
     path = output or Path(f"{figure}.png")
     from prhs_calibration.files import check_writable
@@ -71,17 +75,17 @@ def _draw(figure: str, source: Path, path: Path) -> None:
 
         return risk.draw(Bundle.load(source), path)
     from prhs_calibration.results import read_result
-    from prhs_cli.plots import bound, posterior_bias
+    from prhs_cli.plots import accuracy, bound, posterior_bias
 
-    draw = {"bound": bound.draw, "posterior-bias": posterior_bias.draw}[figure]
-    draw(read_result(source, kind=figure), path)
+    draw = {"accuracy": accuracy.draw, "bound": bound.draw, "posterior-bias": posterior_bias.draw}[figure]
+    draw(read_result(source, kind=KINDS.get(figure, figure)), path)
 
 
 def _newest(figure: str) -> Path | None:
     if figure != "risk":
         from prhs_calibration import results
 
-        return results.newest(figure)
+        return results.newest(KINDS.get(figure, figure))
     from prhs_calibration import bundle_store
 
     usable = [stored.path for stored in bundle_store.list_bundles() if stored.problem is None]
@@ -93,4 +97,6 @@ def _small(out: Output, figure: str) -> Path:
     out.note(f"no result yet: making one from {SMALL} prompts on the embedded model")
     if figure == "bound":
         return verify_bound.run(out, Source(), None, 0, None, num_prompts=SMALL)[0]
+    if figure == "accuracy":
+        return evaluate.run(out, Source(), None, list(SMALL_TASKS), None, samples=SMALL)[0]
     return analyze.run(out, figure, Source(), None, 0, num_prompts=SMALL)[0]

@@ -1,0 +1,264 @@
+"""Accuracy: selectors x budgets x lengths x tasks, in closed loop, every scored token a decode step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from prhs_calibration import results
+from prhs_calibration.evaluation import closed_loop, lm_harness, rows
+from prhs_calibration.evaluation.bootstrap import RESAMPLES, PairedBootstrap
+from prhs_calibration.evaluation.closed_loop import Point, Steps
+from prhs_calibration.evaluation.comparison import BUDGETS, PREHOC
+from prhs_calibration.evaluation.matching import Match
+from prhs_calibration.evaluation.store import Store
+from prhs_calibration.evaluation.tasks import TASKS, Example
+from prhs_kernels.errors import UsageError
+from prhs_kernels.runtime.scoring import ScoringResult
+
+if TYPE_CHECKING:
+    from prhs_calibration.bundle import Bundle
+    from prhs_calibration.models import LoadedModel
+
+KIND = "evaluate"
+LENGTHS = (2048, 4096)  # tokens, as far as the model's context allows
+MATCHING_ITEMS = 2  # per task and length, on which the dial of a budget is found; never scored
+_ITEMS = 1_000_000  # item numbers of one seed; those used for matching are the last ones
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to run. `budgets` are attended fractions; `delta` adds PrHS at the dial that promises it."""
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    selectors: tuple[str, ...] = closed_loop.SELECTORS
+    budgets: tuple[float, ...] = BUDGETS
+    samples: int = 16  # per task and length
+    templates: Literal["seen", "unseen"] = "seen"
+    delta: float | None = None
+    seed: int = 0
+    confidence: float = 0.95
+    public: tuple[str, ...] = ()  # tasks of lm-evaluation-harness
+    task_path: str | None = None  # folder with more task files for it
+
+    def __post_init__(self) -> None:
+        closed_loop.check_selectors(self.selectors)
+        closed_loop.check_budgets(self.budgets)
+        unknown = [name for name in self.tasks if name not in TASKS]
+        if unknown:
+            raise UsageError(f"task {unknown[0]!r}: choose from {', '.join(TASKS)}")
+        if not 0 < self.samples <= _ITEMS // 2:
+            raise UsageError(f"samples = {self.samples} must be in [1, {_ITEMS // 2}]")
+        if not 0 < self.confidence < 1:
+            raise UsageError(f"confidence {self.confidence} must be in (0, 1)")
+        if not self.budgets and self.delta is None and set(self.selectors) != {closed_loop.DENSE}:
+            raise UsageError("no budget and no delta: give at least one for selectors other than dense")
+
+    @property
+    def cells(self) -> list[tuple[str, int]]:
+        """Task and length of every table."""
+        return [(task, length) for length in self.lengths for task in self.tasks]
+
+    @property
+    def needs_bundle(self) -> bool:
+        return PREHOC in self.selectors
+
+    def for_context(self, context_length: int) -> Plan:
+        """Without lengths: those of `LENGTHS` that fit in `context_length` tokens, else all of it."""
+        fitting = tuple(length for length in LENGTHS if length <= context_length)
+        return dataclasses.replace(self, lengths=self.lengths or fitting or (context_length,))
+
+
+def split_tasks(names: Sequence[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Built-in tasks and those for lm-evaluation-harness; None is every built-in one.
+
+    Raises:
+        UsageError: no task, or one that is not built in while the harness is not installed.
+    """
+    if names is None:
+        return tuple(TASKS), ()
+    if not names:
+        raise UsageError(f"no task: choose from {', '.join(TASKS)}, or name a public benchmark")
+    names = list(dict.fromkeys(names))
+    public = tuple(name for name in names if name not in TASKS)
+    lm_harness.require(public)
+    return tuple(name for name in names if name in TASKS), public
+
+
+def open_store(loaded: LoadedModel, bundle: Bundle | None, plan: Plan, **more: Any) -> Store:
+    """Where this run keeps what is done: one file per model, bundle, plan, versions and `more`.
+
+    Raises:
+        UsageError: a length that the model or a task cannot have, found before anything is run.
+    """
+    longest = max(plan.lengths, default=0)
+    if longest > loaded.context_length:
+        raise UsageError(
+            f"length {longest} is beyond the context of {loaded.model_id}, {loaded.context_length} tokens"
+        )
+    conditions = {
+        "plan": dataclasses.asdict(plan),
+        "items": hashlib.sha256(
+            repr([_item(loaded, plan, *cell, 0).input_ids for cell in plan.cells]).encode()
+        ).hexdigest(),
+        "weights": loaded.weights_hash,
+        "tokenizer": loaded.tokenizer_hash,
+        "bundle": None if bundle is None else _digest(bundle),
+        "device": loaded.device.type,
+        "dtype": str(loaded.dtype),
+        "versions": results.conditions()["versions"],
+    }
+    return Store.for_conditions(conditions | more)
+
+
+def evaluate(
+    loaded: LoadedModel,
+    bundle: Bundle | None,
+    plan: Plan,
+    store: Store,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run the plan, or what of it `store` lacks; returns the `data` of a result file.
+
+    Args:
+        bundle: needed when PrHS is among the selectors.
+        store: from `open_store`; holds every finished item, also when this is interrupted.
+        progress: called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: the bundle is another model's; PrHS never reused a set on a task.
+        UsageError: the bundle's dial has no such δ.
+    """
+    if plan.needs_bundle:
+        if bundle is None:
+            raise UsageError("selector 'prhs' needs a bundle: calibrate this model first")
+        bundle.check_model(loaded.fingerprint, loaded.weights_hash)
+    report = progress or (lambda stage, done, total: None)
+    with store.saving():
+        matches = _match(loaded, bundle, plan, store, report)
+        table: list[dict[str, Any]] = []
+        samples: dict[str, Any] = {}
+        for number, (task, length) in enumerate(plan.cells):
+            points = closed_loop.points(
+                loaded.model.config, bundle, plan.selectors, plan.budgets, matches[number], plan.delta
+            )
+            outcomes = _outcomes(loaded, plan, store, task, length, points, report)
+            bootstrap = PairedBootstrap(plan.samples, seed=(plan.seed, zlib.crc32(task.encode()), length))
+            cell = rows.Cell(task, TASKS[task].metric, length, bootstrap, plan.confidence)
+            for row, figures in cell.rows(points, outcomes):
+                table.append(row)
+                samples[f"{task}/{length}/{row['point']}"] = figures
+        if plan.public:
+            table += lm_harness.evaluate(loaded, bundle, plan, store, progress=report)
+    return {
+        "loop": "closed, teacher forced; every scored token is a decode step",
+        "interval": f"paired percentile bootstrap over examples, {plan.confidence:g}, {RESAMPLES} resamples; "
+        "the exact binomial bound where all examples agree",
+        **dataclasses.asdict(plan),
+        "descriptions": {task: TASKS[task].description for task in plan.tasks},
+        "rows": table,
+        "averages": rows.averages(table, samples, plan.confidence),
+    }
+
+
+def _item(loaded: LoadedModel, plan: Plan, task: str, length: int, number: int) -> Example:
+    seed = plan.seed * _ITEMS + number
+    try:
+        return TASKS[task].build(loaded.tokenizer, length=length, seed=seed, templates=plan.templates)
+    except UsageError as error:
+        raise UsageError(f"task {task}: {error}") from error
+
+
+def steps_of(example: Example) -> Steps:
+    """Tokens to run: the last answer token is only predicted, and what predicts the first is a step."""
+    asked = len(example.context_ids) + len(example.question_ids)
+    return example.input_ids[:-1], min(len(example.context_ids), asked - 1)
+
+
+def _match(
+    loaded: LoadedModel, bundle: Bundle | None, plan: Plan, store: Store, report: Progress
+) -> list[list[Match]]:
+    """Dials of PrHS for every cell and budget."""
+    if not plan.needs_bundle or bundle is None or not plan.budgets:
+        return [[] for _ in plan.cells]
+    found = []
+
+    def match(task: str, length: int) -> list[Match]:
+        assert bundle is not None
+        items = range(_ITEMS - MATCHING_ITEMS, _ITEMS)
+        prompts = [steps_of(_item(loaded, plan, task, length, item)) for item in items]
+        return closed_loop.match_dials(loaded.model, bundle, prompts, plan.budgets)
+
+    for number, cell in enumerate(plan.cells):
+        report("matching budgets", number, len(plan.cells))
+        name = "dials/{}/{}".format(*cell)
+        found.append(closed_loop.kept_matches(store, name, functools.partial(match, *cell)))
+    report("matching budgets", len(plan.cells), len(plan.cells))
+    return found
+
+
+def _outcomes(
+    loaded: LoadedModel,
+    plan: Plan,
+    store: Store,
+    task: str,
+    length: int,
+    points: Sequence[Point],
+    report: Progress,
+) -> list[dict[str, Any]]:
+    """Per item, the outcome at every point by its name."""
+    found = []
+    total = len(plan.cells) * plan.samples
+    before = plan.cells.index((task, length)) * plan.samples
+    for number in range(plan.samples):
+        report("evaluating", before + number, total)
+        name = f"items/{task}/{length}/{number}"
+        outcome = store.get(name)
+        if outcome is None:
+            example = _item(loaded, plan, task, length, number)
+            outcome = store.put(name, dict(_run(loaded, example, points)))
+        found.append(outcome)
+    report("evaluating", before + plan.samples, total)
+    return found
+
+
+def _run(
+    loaded: LoadedModel, example: Example, points: Sequence[Point]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for point, result in closed_loop.run_points(loaded.model, steps_of(example), points):
+        yield point.name, outcome_of(result, example.answer_ids)
+
+
+def outcome_of(result: ScoringResult, answer_ids: Sequence[int]) -> dict[str, Any]:
+    """What an item's last predictions say of its answer, JSON-able.
+
+    `correct`: every answer token is the argmax given those before it, which is what greedy decoding writes;
+    `nats`: minus the log-likelihood of the answer, over `tokens`; `stats`: sums of `DecodeStats`.
+    """
+    logits = result.logits[-len(answer_ids) :].float()
+    answer = logits.new_tensor(list(answer_ids)).long()
+    likelihood = logits.log_softmax(-1).gather(-1, answer[:, None])
+    return {
+        "correct": bool((logits.argmax(-1) == answer).all()),
+        "nats": -float(likelihood.double().sum()),
+        "tokens": len(answer_ids),
+        "stats": rows.sums(result.stats),
+    }
+
+
+def _digest(bundle: Bundle) -> str:
+    digest = hashlib.sha256(bundle.metadata.to_json().encode())
+    for name in sorted(bundle.tensors):
+        tensor = bundle.tensors[name].contiguous()
+        digest.update(name.encode() + np.ascontiguousarray(tensor.numpy()).tobytes())
+    return digest.hexdigest()

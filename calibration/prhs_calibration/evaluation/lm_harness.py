@@ -1,0 +1,249 @@
+"""Public benchmarks through lm-evaluation-harness: its tasks and metrics, our attention and decode loop.
+
+Nothing of the harness is patched: `simple_evaluate` gets an `LM` (`harness_model.PrhsLM`) and its own task
+objects. The harness is the extra `eval`; without it this module still imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from prhs_calibration.evaluation import closed_loop, rows
+from prhs_calibration.evaluation.bootstrap import PairedBootstrap
+from prhs_calibration.evaluation.closed_loop import DENSE, Point, Steps
+from prhs_calibration.evaluation.tasks import TASKS
+from prhs_calibration.files import one_line
+from prhs_kernels.errors import InputError, PrhsError, UsageError
+from prhs_kernels.runtime.stats import DecodeStats
+
+if TYPE_CHECKING:
+    from prhs_calibration.bundle import Bundle
+    from prhs_calibration.evaluation.evaluate import Plan
+    from prhs_calibration.evaluation.store import Store
+    from prhs_calibration.models import LoadedModel
+
+MATCHING_CONTEXTS = 4  # per task, on which the dial of a budget is found
+MATCHING_STEPS = 32  # of their last tokens, run as decode steps
+
+Progress = Callable[[str, int, int], None]
+Run = tuple[Point, DecodeStats, dict[str, Any]]  # what the harness returned for a point, and what it cost
+
+
+def require(names: Sequence[str]) -> None:
+    """UsageError when there are tasks that are not built in and the harness is not installed."""
+    if names and importlib.util.find_spec("lm_eval") is None:
+        raise UsageError(
+            f"task {names[0]!r} is not built in, and for public benchmarks the extra 'eval' "
+            "(lm-evaluation-harness) is missing: pip install 'prhs[eval]'"
+        )
+
+
+def evaluate(
+    loaded: LoadedModel,
+    bundle: Bundle | None,
+    plan: Plan,
+    store: Store,
+    *,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of `plan.public`: every task and metric of the harness x every point of the plan.
+
+    `plan.samples` is the harness's `limit` of documents per task; the dial of a budget is found per task, on
+    contexts of its first documents. Answers are kept in `store` one by one.
+
+    Raises:
+        UsageError: the extra is missing, or the harness has no such task.
+        InputError: the data of a task cannot be had; PrHS never reused a set on a task.
+    """
+    require(plan.public)
+    report = progress or (lambda stage, done, total: None)
+    report("loading benchmarks", 0, len(plan.public))
+    tasks = _load_tasks(loaded, plan)
+    report("loading benchmarks", len(plan.public), len(plan.public))
+    found: list[dict[str, Any]] = []
+    for task in tasks:
+        points = _points(loaded, bundle, plan, store, task)
+        runs = [_run(loaded, plan, store, task, point, report) for point in points]
+        found += _rows(task.task_name, runs, plan)
+    return found
+
+
+def _load_tasks(loaded: LoadedModel, plan: Plan) -> list[Any]:
+    """Task objects of the harness with their data, the members of groups one by one."""
+    from lm_eval.tasks import TaskManager
+
+    if plan.task_path is not None and not Path(plan.task_path).is_dir():
+        raise InputError(f"task path {plan.task_path} is not a folder; give the one with the YAML files")
+    # tasks that make their own data (RULER) size it with these
+    metadata = {"tokenizer": loaded.tokenizer.name_or_path, "max_seq_lengths": list(plan.lengths)}
+    found: dict[str, Any] = {}
+    with _muted():
+        manager = TaskManager(include_path=plan.task_path, metadata=metadata)
+        for name in plan.public:
+            if name not in manager.all_tasks:
+                raise UsageError(
+                    f"task {name!r} is not known to lm-evaluation-harness, and built in are only "
+                    f"{', '.join(TASKS)}; a folder with more task files is given by --task-path"
+                )
+            try:
+                found |= manager.load([name])["tasks"]
+            except Exception as error:  # whatever datasets, the hub or the task's own code raises
+                raise InputError(
+                    f"the data of task {name!r} cannot be had ({type(error).__name__}: {one_line(error)}); "
+                    "go online once, or give a task file with local data by --task-path"
+                ) from error
+    return list(found.values())
+
+
+def _points(loaded: LoadedModel, bundle: Bundle | None, plan: Plan, store: Store, task: Any) -> list[Point]:
+    """Points of one task; for PrHS at the dials that spend the budgets on contexts of this task."""
+    matches = []
+    if plan.needs_bundle and bundle is not None and plan.budgets:
+        matches = closed_loop.kept_matches(
+            store,
+            f"dials/{task.task_name}",
+            lambda: closed_loop.match_dials(
+                loaded.model, bundle, _contexts(loaded, plan, task), plan.budgets
+            ),
+        )
+    return closed_loop.points(loaded.model.config, bundle, plan.selectors, plan.budgets, matches, plan.delta)
+
+
+def _contexts(loaded: LoadedModel, plan: Plan, task: Any) -> list[Steps]:
+    """Some contexts of a task, their last tokens as decode steps."""
+    from prhs_calibration.evaluation.harness_model import Recorder
+
+    recorder = Recorder()
+    _simple_evaluate(recorder, task, MATCHING_CONTEXTS, plan.seed)
+    found = []
+    for text in dict.fromkeys(recorder.contexts):
+        tokens = list(loaded.tokenizer(text, verbose=False).input_ids)[-loaded.context_length :]
+        if len(tokens) > 1:
+            found.append((tokens, max(len(tokens) // 2, len(tokens) - MATCHING_STEPS)))
+    if not found:
+        raise InputError(f"task {task.task_name!r} has no context to match budgets on; use --delta instead")
+    return found[:MATCHING_CONTEXTS]
+
+
+def _run(loaded: LoadedModel, plan: Plan, store: Store, task: Any, point: Point, report: Progress) -> Run:
+    from prhs_calibration.evaluation.harness_model import PrhsLM
+
+    stderr = sys.stderr
+
+    def told(done: int, total: int) -> None:
+        with contextlib.redirect_stderr(stderr):
+            report(f"{task.task_name}, {point.name}", done, total)
+
+    name = f"items/{task.task_name}/{point.name}"
+    model = PrhsLM(loaded, point, store=store, name=name, seed=plan.seed, report=told)
+    result = _simple_evaluate(model, task, plan.samples, plan.seed)
+    rows.check_reuse(point, model.stats, task.task_name)
+    return point, model.stats, result
+
+
+def _simple_evaluate(model: Any, task: Any, limit: int, seed: int) -> dict[str, Any]:
+    """The harness's own loop over one task; its errors become one line."""
+    import lm_eval
+
+    try:
+        with _muted():
+            result = lm_eval.simple_evaluate(
+                model=model,
+                tasks=[task],
+                limit=limit,
+                bootstrap_iters=0,  # the intervals are ours: paired
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+    except (PrhsError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"lm-evaluation-harness failed on task {task.task_name!r}: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from error
+    assert isinstance(result, dict)  # None comes on ranks other than the first
+    return result
+
+
+def _rows(name: str, runs: Sequence[Run], plan: Plan) -> Iterator[dict[str, Any]]:
+    """One row per metric of the task and point; dense is the first run."""
+    reported = runs[0][2]["results"][name]
+    for key in reported:
+        metric, _, filtered = key.partition(",")
+        if not filtered or metric.endswith("_stderr") or not isinstance(reported[key], int | float):
+            continue
+        dense = _values(runs[0][2], name, key)
+        if dense is not None and not len(dense):
+            continue
+        seed = (plan.seed, zlib.crc32(name.encode()), zlib.crc32(key.encode()))
+        bootstrap = None if dense is None else PairedBootstrap(len(dense), seed=seed)
+        label = metric if filtered == "none" else f"{metric} ({filtered})"
+        for point, stats, result in runs:
+            row = {"task": name, "metric": label, "unit": label, "length": None}
+            row["samples"] = len(result["samples"][name]) // _filters(result, name)
+            row["nats_per_token"] = None
+            score = float(result["results"][name][key])
+            values = _values(result, name, key)
+            yield (
+                row
+                | _scores(point, score, values, reported[key], dense, bootstrap, plan)
+                | rows.costs(point, stats)
+            )
+
+
+def _scores(
+    point: Point,
+    score: float,
+    values: np.ndarray | None,
+    dense_score: float,
+    dense: np.ndarray | None,
+    bootstrap: PairedBootstrap | None,
+    plan: Plan,
+) -> dict[str, Any]:
+    """Paired intervals where the metric is a mean over documents, else the harness's figures alone."""
+    if bootstrap is None or values is None or dense is None or not np.isclose(values.mean(), score):
+        bare = {"low": None, "high": None}
+        change = None if point.name == DENSE else {"mean": score - dense_score} | bare
+        return {"score": {"mean": score} | bare, "difference": change}
+    weights = np.ones(len(values))
+    bounded = all(0 <= found.min() and found.max() <= 1 for found in (values, dense))
+    figures = bootstrap.sample(values, weights), bootstrap.sample(values, weights, dense)
+    return rows.scores(point.name == DENSE, figures, plan.confidence, bounded)
+
+
+def _values(result: dict[str, Any], name: str, key: str) -> np.ndarray | None:
+    """A metric's value per document; None for metrics that are no number per document."""
+    metric, _, filtered = key.partition(",")
+    found = [sample.get(metric) for sample in result["samples"][name] if sample["filter"] == filtered]
+    if not all(isinstance(value, int | float | np.number) for value in found):
+        return None
+    # RULER gives every document a metric per length, -1 where it is not of that length
+    return np.array([float(value) for value in found if not (metric.isdigit() and value == -1)])
+
+
+def _filters(result: dict[str, Any], name: str) -> int:
+    return len({sample["filter"] for sample in result["samples"][name]}) or 1
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """The harness draws bars and prints advice; progress is the caller's to show."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield

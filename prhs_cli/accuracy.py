@@ -1,0 +1,54 @@
+"""Tables of an accuracy result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prhs_cli.output import table
+
+
+def tables(data: dict[str, Any]) -> list[Any]:
+    """One table per task and length, then the means over tasks."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        at = f" at {row['length']} tokens" if row["length"] else ""
+        groups.setdefault(f"{row['task']}{at}, {row['samples']} items: {row['unit']}", []).append(row)
+    for row in data["averages"]:
+        if len(row["tasks"]) == 1:  # the mean is the table above
+            continue
+        title = f"mean of {len(row['tasks'])} tasks at {row['length']} tokens: exact match"
+        groups.setdefault(title, []).append(row)
+    return [_table(title, rows) for title, rows in groups.items()]
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Any:
+    columns = ["selector", "asked", "score", "minus dense", "kept", "attended", "ρ", "KV read"]
+    lines = [
+        [
+            row["selector"],
+            _asked(row),
+            _interval(row["score"]),
+            _interval(row["difference"]),
+            row["effective_budget"],
+            row["attended_fraction"],
+            row["retrieval_ratio"],
+            row["kv_bytes_read"],
+        ]
+        for row in rows
+    ]
+    return table(columns, lines, title=title)
+
+
+def _asked(row: dict[str, Any]) -> str:
+    if row["delta"] is not None:
+        return f"δ = {row['delta']:g}"
+    if row["budget"] is None:
+        return "-"
+    return f"{row['budget']:.4g}" + (" (not met)" if row.get("matched") is False else "")
+
+
+def _interval(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "-"
+    mean = f"{entry['mean']:.3g}"
+    return mean if entry["low"] is None else f"{mean} [{entry['low']:.3g}, {entry['high']:.3g}]"
