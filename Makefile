@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := prhs_cli kernels/prhs_kernels calibration/prhs_calibration tests
 
+# torch's threads spin where they wait, which costs a factor on a machine that also does something else
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help demo test lint format docs bench clean
 
 help: ## this list

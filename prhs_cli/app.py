@@ -78,6 +78,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line (without the program's name) and return its exit code; errors go to stderr."""
     debug = "--debug" in arguments
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers
+    # torch's threads spin where they wait: on a machine that also does something else that costs a factor
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="prhs", standalone_mode=False)
