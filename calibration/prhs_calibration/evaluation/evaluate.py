@@ -136,14 +136,16 @@ def evaluate(
         progress: called as `progress(stage, done, total)`.
 
     Raises:
-        InputError: the bundle is another model's; PrHS never reused a set on a task.
-        UsageError: the bundle's dial has no such δ.
+        InputError: the bundle is another model's; data of a public task cannot be had; PrHS never reused a
+            set on a task.
+        UsageError: PrHS without a bundle, or a δ its dial does not have; an unknown public task.
     """
     if plan.needs_bundle:
         if bundle is None:
             raise UsageError("selector 'prhs' needs a bundle: calibrate this model first")
         bundle.check_model(loaded.fingerprint, loaded.weights_hash)
-    report = progress or (lambda stage, done, total: None)
+    report = lm_harness.aloud(progress or (lambda stage, done, total: None))
+    public = lm_harness.load(loaded, plan, report)  # first: what cannot be had shall not cost hours
     with store.saving():
         matches = _match(loaded, bundle, plan, store, report)
         table: list[dict[str, Any]] = []
@@ -158,10 +160,9 @@ def evaluate(
             for row, figures in cell.rows(points, outcomes):
                 table.append(row)
                 samples[f"{task}/{length}/{row['point']}"] = figures
-        if plan.public:
-            table += lm_harness.evaluate(loaded, bundle, plan, store, progress=report)
+        table += lm_harness.evaluate(loaded, bundle, plan, public, store, report)
     return {
-        "loop": "closed, teacher forced; every scored token is a decode step",
+        "loop": "closed; every scored token is a decode step, teacher forced in the built-in tasks",
         "interval": f"paired percentile bootstrap over examples, {plan.confidence:g}, {RESAMPLES} resamples; "
         "the exact binomial bound where all examples agree",
         **dataclasses.asdict(plan),

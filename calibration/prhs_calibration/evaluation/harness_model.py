@@ -33,26 +33,27 @@ MAX_NEW_TOKENS = 256  # where a task sets no limit, as the harness's own models 
 
 
 class Recorder(LM):  # type: ignore[misc]
-    """Remembers what it is asked about and answers nothing: to see a task's contexts before running it."""
+    """Remembers what it is asked about and answers nothing: to see a task's contexts before running it.
+
+    contexts: texts that are prefilled; texts: those that are scored from their start.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.contexts: list[str] = []
+        self.texts: list[str] = []
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        self._record(requests)
+        self.contexts += [request.args[0] for request in requests]
         return [(0.0, False)] * len(requests)
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        self._record(requests)
+        self.texts += [request.args[0] for request in requests]
         return [0.0] * len(requests)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        self._record(requests)
-        return [""] * len(requests)
-
-    def _record(self, requests: list[Instance]) -> None:
         self.contexts += [request.args[0] for request in requests]
+        return [""] * len(requests)
 
 
 class PrhsLM(TemplateLM):  # type: ignore[misc]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import sys
 import zlib
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from prhs_calibration.models import LoadedModel
 
 MATCHING_CONTEXTS = 4  # per task, on which the dial of a budget is found
-MATCHING_STEPS = 32  # of their last tokens, run as decode steps
+MATCHING_STEPS = 8  # of their last tokens, run as decode steps
 
 Progress = Callable[[str, int, int], None]
 Run = tuple[Point, DecodeStats, dict[str, Any]]  # what the harness returned for a point, and what it cost
@@ -52,24 +53,18 @@ def evaluate(
     loaded: LoadedModel,
     bundle: Bundle | None,
     plan: Plan,
+    tasks: Sequence[Any],
     store: Store,
-    *,
-    progress: Progress | None = None,
+    report: Progress,
 ) -> list[dict[str, Any]]:
-    """Rows of `plan.public`: every task and metric of the harness x every point of the plan.
+    """Rows of the tasks from `load`: every metric that the harness reports x every point of the plan.
 
     `plan.samples` is the harness's `limit` of documents per task; the dial of a budget is found per task, on
     contexts of its first documents. Answers are kept in `store` one by one.
 
     Raises:
-        UsageError: the extra is missing, or the harness has no such task.
-        InputError: the data of a task cannot be had; PrHS never reused a set on a task.
+        InputError: the harness failed on a task; PrHS never reused a set on it.
     """
-    require(plan.public)
-    report = progress or (lambda stage, done, total: None)
-    report("loading benchmarks", 0, len(plan.public))
-    tasks = _load_tasks(loaded, plan)
-    report("loading benchmarks", len(plan.public), len(plan.public))
     found: list[dict[str, Any]] = []
     for task in tasks:
         points = _points(loaded, bundle, plan, store, task)
@@ -78,8 +73,16 @@ def evaluate(
     return found
 
 
-def _load_tasks(loaded: LoadedModel, plan: Plan) -> list[Any]:
-    """Task objects of the harness with their data, the members of groups one by one."""
+def load(loaded: LoadedModel, plan: Plan, report: Progress) -> list[Any]:
+    """Task objects of the harness for `plan.public`, with their data; the members of groups one by one.
+
+    Raises:
+        UsageError: the extra is missing, or the harness has no such task.
+        InputError: the data of a task cannot be had.
+    """
+    if not plan.public:
+        return []
+    require(plan.public)
     from lm_eval.tasks import TaskManager
 
     if plan.task_path is not None and not Path(plan.task_path).is_dir():
@@ -89,7 +92,8 @@ def _load_tasks(loaded: LoadedModel, plan: Plan) -> list[Any]:
     found: dict[str, Any] = {}
     with _muted():
         manager = TaskManager(include_path=plan.task_path, metadata=metadata)
-        for name in plan.public:
+        for done, name in enumerate(plan.public):
+            report("loading benchmarks", done, len(plan.public))
             if name not in manager.all_tasks:
                 raise UsageError(
                     f"task {name!r} is not known to lm-evaluation-harness, and built in are only "
@@ -102,6 +106,7 @@ def _load_tasks(loaded: LoadedModel, plan: Plan) -> list[Any]:
                     f"the data of task {name!r} cannot be had ({type(error).__name__}: {one_line(error)}); "
                     "go online once, or give a task file with local data by --task-path"
                 ) from error
+    report("loading benchmarks", len(plan.public), len(plan.public))
     return list(found.values())
 
 
@@ -120,16 +125,19 @@ def _points(loaded: LoadedModel, bundle: Bundle | None, plan: Plan, store: Store
 
 
 def _contexts(loaded: LoadedModel, plan: Plan, task: Any) -> list[Steps]:
-    """Some contexts of a task, their last tokens as decode steps."""
+    """Some contexts of a task, their last tokens as decode steps, or texts that are scored as a whole."""
     from prhs_calibration.evaluation.harness_model import Recorder
 
     recorder = Recorder()
     _simple_evaluate(recorder, task, MATCHING_CONTEXTS, plan.seed)
     found = []
-    for text in dict.fromkeys(recorder.contexts):
+    for text, whole in dict.fromkeys(
+        [(text, False) for text in recorder.contexts] + [(text, True) for text in recorder.texts]
+    ):
         tokens = list(loaded.tokenizer(text, verbose=False).input_ids)[-loaded.context_length :]
         if len(tokens) > 1:
-            found.append((tokens, max(len(tokens) // 2, len(tokens) - MATCHING_STEPS)))
+            prefill = 1 if whole else max(len(tokens) // 2, len(tokens) - MATCHING_STEPS)
+            found.append((tokens, prefill))
     if not found:
         raise InputError(f"task {task.task_name!r} has no context to match budgets on; use --delta instead")
     return found[:MATCHING_CONTEXTS]
@@ -138,11 +146,8 @@ def _contexts(loaded: LoadedModel, plan: Plan, task: Any) -> list[Steps]:
 def _run(loaded: LoadedModel, plan: Plan, store: Store, task: Any, point: Point, report: Progress) -> Run:
     from prhs_calibration.evaluation.harness_model import PrhsLM
 
-    stderr = sys.stderr
-
     def told(done: int, total: int) -> None:
-        with contextlib.redirect_stderr(stderr):
-            report(f"{task.task_name}, {point.name}", done, total)
+        report(f"{task.task_name}, {point.name}", done, total)
 
     name = f"items/{task.task_name}/{point.name}"
     model = PrhsLM(loaded, point, store=store, name=name, seed=plan.seed, report=told)
@@ -240,10 +245,26 @@ def _filters(result: dict[str, Any], name: str) -> int:
 
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
-    """The harness draws bars and prints advice; progress is the caller's to show."""
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        yield
+    """The harness draws bars and gives advice; progress is the caller's to show (see `aloud`)."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def aloud(report: Progress) -> Progress:
+    """The same callback, heard also where the harness is muted."""
+    stderr = sys.stderr
+
+    def told(stage: str, done: int, total: int) -> None:
+        with contextlib.redirect_stderr(stderr):
+            report(stage, done, total)
+
+    return told
