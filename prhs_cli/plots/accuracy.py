@@ -94,8 +94,10 @@ def _draw(axis: Axes, panel: Panel, budgets: list[float]) -> None:
             apart = {"marker": "P", "linestyle": "none", "markerfacecolor": "none", "markersize": 7}
             _series(axis, promised, look.line() | apart | {"label": label}, aside)
     style.budget_axis(axis, budgets)
-    axis.set_ylabel(panel.unit)
-    if panel.unit == "exact match":
+    axis.set_xlabel("attended fraction (kept / visible)")  # three panels in a row have no room for more
+    exact = panel.unit == "exact match"
+    axis.set_ylabel("exact match (share of items)" if exact else panel.unit)
+    if exact:
         axis.set_ylim(-0.03, 1.03)
 
 
