@@ -16,23 +16,22 @@ def candidate_spans(
 ) -> torch.Tensor:
     """Sinks and window of each sequence: `[batch, 4]` int32, slots `[s0, s1)` and `[s2, s3)`, `s1 <= s2`.
 
-    They are what `selectors.base.candidates` marks, without a mask. Computed on the device of `kv_len`,
-    nothing is read back.
+    Together they are what `selectors.base.candidates` marks, without a mask. Computed on the device of
+    `kv_len`; nothing is read back.
 
     Args:
         kv_len: `[batch]` int, cache slots in use, the current token's included.
         padding: `[batch]` int, left-padding slots.
-        num_sinks: positions at the start that PSAW leaves; num_local: recent ones that it never cuts.
+        num_sinks: positions at the start that are always kept; num_local: recent ones that PSAW never cuts.
         sliding_window: the model's own window in positions.
         window_start: `[batch]` int, `P_l(t)` of PSAW in positions; None without PSAW.
     """
     end, padding = kv_len.long(), padding.long()
     first = padding if sliding_window is None else torch.maximum(padding, end - sliding_window)
-    if window_start is None:
-        begin, sink_end = first, first
-    else:
-        begin = torch.maximum(first, torch.minimum(padding + window_start.long(), end - num_local))
-        sink_end = torch.minimum(torch.maximum(padding + num_sinks, first), begin)
+    sink_end = torch.minimum(torch.maximum(padding + num_sinks, first), end)
+    begin = sink_end
+    if window_start is not None:
+        begin = torch.maximum(begin, torch.minimum(padding + window_start.long(), end - num_local))
     return torch.stack([first, sink_end, begin, end], dim=-1).to(torch.int32)
 
 

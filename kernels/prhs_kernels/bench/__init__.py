@@ -1,0 +1,1 @@
+"""Measurements of the kernels: what the compiler makes of them, and what a GPU does with them."""

@@ -1,0 +1,134 @@
+"""What retrieval remembers between decode steps, what it is allowed to do, and its scratch memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import torch
+
+from prhs_kernels.errors import UsageError
+from prhs_kernels.params import TimeParams
+
+
+class Decision(enum.IntEnum):
+    """What a KV head did in the last step."""
+
+    SHARE = 0  # reused its set, the new position added
+    RETRIEVE = 1  # scored the keys and chose a new set
+    KEEP_ALL = 2  # the budget covers every candidate
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RetrievalRule:
+    """CIS parameters of one layer, on the device; each tensor `[num_kv_heads]`."""
+
+    gate: torch.Tensor  # int32, a `params.Gate`
+    tau_cos: torch.Tensor  # float32, sharing needs a cosine above it
+    block: torch.Tensor  # int32, decode steps between two forced retrievals
+    dilation: torch.Tensor  # int32, neighbours on either side of the best third
+    num_local: int  # most recent positions, always kept
+
+    @classmethod
+    def from_time(
+        cls, time: TimeParams, layer: int, num_local: int, device: torch.device | str
+    ) -> RetrievalRule:
+        """Parameters of a layer; raises `UsageError` without re-anchoring, which needs two sets per head."""
+        if not time.reanchor:
+            raise UsageError("reanchor = False is not available in the retrieve operator")
+        return cls(
+            gate=time.gate[layer].to(device, torch.int32),
+            tau_cos=time.tau_cos[layer].to(device, torch.float32),
+            block=time.block[layer].to(device, torch.int32),
+            dilation=time.dilation[layer].to(device, torch.int32),
+            num_local=num_local,
+        )
+
+
+def capacity_for(budget: int, num_sinks: int, num_local: int, dilation: int, block: int) -> int:
+    """Indices that a head may need at most until its next retrieval, a multiple of 16."""
+    most = budget + 2 * dilation * (budget // 3) + num_sinks + num_local + block
+    return -(-most // 16) * 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RetrievalState:
+    """One layer's sets, written in place. `heads` means `[batch, num_kv_heads]`.
+
+    indices: `[batch, num_kv_heads, capacity]` int32 slots, ascending, valid below count (heads, int32).
+    anchor_query: `[batch, num_kv_heads, group, head_dim]`, what the gate compares with.
+    anchor_slot: heads int32, slot of the last retrieval, -1 for none. decision: heads int32, a `Decision`.
+    lse: `[batch, num_kv_heads, group]` fp32, log-sum-exp over all candidates at the last retrieval.
+    """
+
+    indices: torch.Tensor
+    count: torch.Tensor
+    anchor_query: torch.Tensor
+    anchor_slot: torch.Tensor
+    decision: torch.Tensor
+    lse: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, batch: int, num_kv_heads: int, group: int, head_dim: int, capacity: int,
+        dtype: torch.dtype, device: torch.device | str,
+    ) -> RetrievalState:  # fmt: skip
+        """A state without any set, as after a prefill."""
+        heads = (batch, num_kv_heads)
+        return cls(
+            indices=torch.full((*heads, capacity), -1, dtype=torch.int32, device=device),
+            count=torch.zeros(heads, dtype=torch.int32, device=device),
+            anchor_query=torch.zeros(*heads, group, head_dim, dtype=dtype, device=device),
+            anchor_slot=torch.full(heads, -1, dtype=torch.int32, device=device),
+            decision=torch.zeros(heads, dtype=torch.int32, device=device),
+            lse=torch.full((*heads, group), -torch.inf, dtype=torch.float32, device=device),
+        )
+
+    def reset(self) -> None:
+        """Forget every set; on the device, so also inside a captured graph."""
+        self.count.zero_()
+        self.anchor_slot.fill_(-1)
+
+
+def chunk_size(n: int) -> int:
+    """Positions that one program of the scan handles at a time: short rows are cut finer, to fill a card."""
+    return 256 if n <= 8192 else 512 if n <= 65536 else 1024 if n <= 262144 else 4096
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RetrievalScratch:
+    """Memory of one retrieval; layers may share it. `rows = batch * num_kv_heads`.
+
+    work: `[2 + rows]` int32: next free place of the list, its length for later stages, the list of rows.
+    scores: `[rows, group, n]` fp32, base-2 logits; weights: `[rows, n]` int32, bits of the importance.
+    chunk_max, chunk_sum: `[rows, group, chunks]` fp32, running softmax of every chunk.
+    """
+
+    work: torch.Tensor
+    scores: torch.Tensor
+    weights: torch.Tensor
+    chunk_max: torch.Tensor
+    chunk_sum: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, batch: int, num_kv_heads: int, group: int, n: int, device: torch.device | str
+    ) -> RetrievalScratch:
+        """For caches of up to n slots."""
+        rows, chunks = batch * num_kv_heads, -(-n // chunk_size(n))
+
+        def floats(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        return cls(
+            work=torch.zeros(2 + rows, dtype=torch.int32, device=device),
+            scores=floats(rows, group, n),
+            weights=torch.empty(rows, n, dtype=torch.int32, device=device),
+            chunk_max=floats(rows, group, chunks),
+            chunk_sum=floats(rows, group, chunks),
+        )
+
+    @property
+    def max_len(self) -> int:
+        """Slots it was made for."""
+        return self.weights.shape[1]

@@ -1,0 +1,234 @@
+"""Retrieval kernels against the plain PyTorch step: in the interpreter without a GPU, compiled with one.
+
+Importances are compared where they can be: keys are built so that no two positions come closer than the
+error of fp32, except for exact ties, which are made on purpose.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from prhs_kernels.errors import UsageError
+from prhs_kernels.ops.retrieve import reference
+from prhs_kernels.ops.retrieve.api import retrieve
+from prhs_kernels.ops.retrieve.state import Decision, RetrievalRule, RetrievalScratch, RetrievalState
+from prhs_kernels.ops.spans import candidate_spans, span_mask
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+LENGTHS = [1, 15, 17, 63, 111, 1000]
+BATCH = 2
+
+
+def rule(
+    num_kv_heads: int,
+    *,
+    gate: int = 1,
+    tau: float = 0.9,
+    block: int = 8,
+    dilation: int = 1,
+    num_local: int = 3,
+):
+    def table(value: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((num_kv_heads,), value, dtype=dtype, device=DEVICE)
+
+    i = torch.int32
+    return RetrievalRule(
+        table(gate, i), table(tau, torch.float32), table(block, i), table(dilation, i), num_local
+    )
+
+
+def separated(length: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, levels: int = 0):
+    """Query and keys whose scores are exact in every precision and, with `levels`, often tied.
+
+    The query of every head is a unit vector times a power of two and the keys hold multiples of 1/64 along
+    it, so that scores are exact; importances differ by at least exp(1/64) between levels.
+    """
+    generator = torch.Generator().manual_seed(length + head_dim)
+    query = torch.zeros(BATCH, heads[0], 1, head_dim)
+    query[..., 0] = 1.0
+    keys = torch.randn(BATCH, heads[1], length, head_dim, generator=generator)
+    if levels:
+        steps = torch.randint(levels, (BATCH, heads[1], length), generator=generator)
+    else:
+        steps = torch.stack([torch.randperm(length, generator=generator) for _ in range(BATCH * heads[1])])
+        steps = steps.view(BATCH, heads[1], length)
+    keys[..., 0] = steps / 64
+    return query.to(DEVICE, dtype), keys.to(DEVICE, dtype)
+
+
+def twins(state: RetrievalState) -> tuple[RetrievalState, RetrievalState]:
+    return copy.deepcopy(state), copy.deepcopy(state)
+
+
+def new_state(query: torch.Tensor, keys: torch.Tensor, capacity: int) -> RetrievalState:
+    batch, num_kv_heads, _, head_dim = keys.shape
+    state = RetrievalState.allocate(
+        batch, num_kv_heads, query.shape[1] // num_kv_heads, head_dim, capacity, query.dtype, DEVICE
+    )
+    state.indices.fill_(10**8)  # what nobody wrote must not be used
+    return state
+
+
+def poisoned(keys: torch.Tensor) -> RetrievalScratch:
+    """Scratch full of NaN, and of keys that would win."""
+    batch, num_kv_heads, n, _ = keys.shape
+    scratch = RetrievalScratch.allocate(batch, num_kv_heads, GROUP, n + 37, DEVICE)
+    for floats in (scratch.scores, scratch.chunk_max, scratch.chunk_sum):
+        floats.fill_(torch.nan)
+    scratch.weights.fill_(2**31 - 1)
+    return scratch
+
+
+GROUP = 2
+
+
+def same(one: RetrievalState, other: RetrievalState) -> None:
+    assert torch.equal(one.decision, other.decision)
+    assert torch.equal(one.count, other.count)
+    assert torch.equal(one.anchor_slot, other.anchor_slot)
+    behind = torch.arange(one.indices.shape[-1], device=DEVICE) >= one.count.unsqueeze(-1)
+    assert torch.equal(one.indices.masked_fill(behind, -1), other.indices.masked_fill(behind, -1))
+    assert torch.equal(one.anchor_query, other.anchor_query)
+    torch.testing.assert_close(one.lse, other.lse, rtol=1e-5, atol=1e-5)
+
+
+def both(query, keys, spans, budget, rule_, start, scratch, query_pre=None):
+    found, expected = twins(start)
+    given = {"spans": spans, "budget": budget, "rule": rule_, "scale": 1.0, "query_pre": query_pre}
+    hidden = keys.masked_fill(~span_mask(spans, keys.shape[2])[:, None, :, None], torch.nan)
+    retrieve(query, hidden, **given, state=found, scratch=scratch, backend="triton")
+    retrieve(query, keys, **given, state=expected, backend="reference")
+    same(found, expected)
+    assert scratch.work[0] == 0, "the counter is ready for the next step"
+    return found
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_first_step_retrieves_the_top(length: int, dtype: torch.dtype) -> None:
+    """k of 0, 1, some, all; sinks and local; left padding; a window that cuts off old positions."""
+    query, keys = separated(length, (2 * GROUP, 2), 64 if length % 2 else 80, dtype)
+    scratch = poisoned(keys)
+    used = torch.tensor([length, (length + 1) // 2], device=DEVICE)
+    padding = torch.tensor([0, length // 5], device=DEVICE)
+    spans = [
+        candidate_spans(used, padding, num_sinks=2),
+        candidate_spans(used, padding, num_sinks=2, num_local=3, window_start=used // 3),
+    ]
+    for span in spans:
+        for budget in ([0, 1], [length // 2, 5], [length, length // 4]):
+            for dilation in (0, 2):
+                wanted = torch.tensor([budget, budget[::-1]], dtype=torch.int32, device=DEVICE)
+                state = new_state(query, keys, length + 8)
+                found = both(query, keys, span, wanted, rule(2, dilation=dilation), state, scratch)
+                assert (found.decision != Decision.SHARE).all()
+
+
+@pytest.mark.parametrize("levels", [1, 2, 7])
+def test_ties_go_to_the_oldest(levels: int) -> None:
+    query, keys = separated(300, (2 * GROUP, 2), 64, torch.float32, levels)
+    scratch = poisoned(keys)
+    spans = candidate_spans(torch.tensor([300, 300]), torch.tensor([0, 17]), num_sinks=2).to(DEVICE)
+    for budget in ([1, 2], [50, 149], [3, 270]):
+        wanted = torch.tensor([budget, budget[::-1]], dtype=torch.int32, device=DEVICE)
+        both(query, keys, spans, wanted, rule(2, dilation=1), new_state(query, keys, 310), scratch)
+
+
+def test_scores_that_underflow_are_tied_at_zero() -> None:
+    query, keys = separated(200, (2 * GROUP, 2), 64, torch.float32)
+    query[..., 0] = 512.0  # all but a few importances are 0 in fp32
+    spans = candidate_spans(torch.tensor([200, 200]), torch.tensor([0, 0]), num_sinks=1).to(DEVICE)
+    wanted = torch.tensor([[60, 100], [33, 2]], dtype=torch.int32, device=DEVICE)
+    both(query, keys, spans, wanted, rule(2), new_state(query, keys, 310), poisoned(keys))
+
+
+@pytest.mark.parametrize("gate", [0, 1, 2])
+def test_a_walk_of_steps(gate: int) -> None:
+    """Sharing, retrieving after a drift, at the end of a block, and keeping everything, over one cache."""
+    start, steps, heads = 40, 14, (2 * GROUP, 2)
+    query, keys = separated(start + steps, heads, 64, torch.float32)
+    generator = torch.Generator().manual_seed(gate)
+    rules = rule(2, gate=gate, tau=0.95, block=5, num_local=3)
+    state, scratch = new_state(query, keys, 40), poisoned(keys)
+    padding = torch.tensor([0, 20], device=DEVICE)
+    seen = set()
+    for step in range(steps):
+        used = torch.full((BATCH,), start + step + 1, device=DEVICE)
+        spans = candidate_spans(used, padding, num_sinks=2, num_local=3, window_start=(used - padding) // 8)
+        turned = query.clone()
+        if step % 4 == 3:
+            turned[0, :GROUP, 0, 1] = 1.0  # 45 degrees, one KV head of one sequence
+        drift = torch.randn(query.shape, generator=generator).to(DEVICE) * 1e-3
+        budget = torch.tensor([[12, 12], [9, 24]], dtype=torch.int32, device=DEVICE)
+        # the scores follow `turned`; what the gate compares before RoPE is something else
+        state = both(turned, keys, spans, budget, rules, state, scratch, query_pre=query + drift)
+        seen.update(state.decision.flatten().tolist())
+    assert Decision.RETRIEVE in seen and Decision.KEEP_ALL in seen and (Decision.SHARE in seen) == (gate != 0)
+
+
+def test_a_full_set_retrieves_instead_of_growing() -> None:
+    query, keys = separated(60, (2 * GROUP, 2), 64, torch.float32)
+    rules = rule(2, tau=-1.0, block=100, dilation=0, num_local=2)
+    state, scratch = new_state(query, keys, 2 + 2 + 5 + 3), poisoned(keys)
+    budget = torch.full((BATCH, 2), 5, dtype=torch.int32, device=DEVICE)
+    decisions = []
+    for used in range(50, 60):
+        spans = candidate_spans(torch.full((BATCH,), used), torch.zeros(BATCH), num_sinks=2).to(DEVICE)
+        state = both(query, keys, spans, budget, rules, state, scratch)
+        decisions.append(int(state.decision[0, 0]))
+    assert decisions == [1, 0, 0, 0, 1, 0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("group", [1, 3, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_scores_choose_the_same_up_to_rounding(group: int, dtype: torch.dtype) -> None:
+    """Against importances in float64: a position may only be swapped for one that is as good to fp32."""
+    generator = torch.Generator().manual_seed(group)
+    query = torch.randn(1, group, 1, 128, generator=generator).to(DEVICE, dtype)
+    keys = torch.randn(1, 1, 700, 128, generator=generator).to(DEVICE, dtype)
+    spans = torch.tensor([[0, 2, 2, 700]], dtype=torch.int32, device=DEVICE)
+    state = new_state(query, keys, 200)
+    budget = torch.tensor([[64]], dtype=torch.int32, device=DEVICE)
+    rules = rule(1, dilation=0)
+    scale = 128**-0.5
+    retrieve(query, keys, spans=spans, budget=budget, rule=rules, state=state, scale=scale, backend="triton")
+    scores = (query[0, :, 0].double() @ keys[0, 0].double().T) * scale
+    weights = reference.importance(scores, torch.ones(700, dtype=torch.bool, device=DEVICE))
+    chosen = state.indices[0, 0, : int(state.count)].long()
+    middle = chosen[2:-3]
+    assert len(middle) == 64 and (middle.diff() > 0).all()
+    others = torch.ones(700, dtype=torch.bool, device=DEVICE)
+    others[:2], others[-3:], others[middle] = False, False, False
+    # an fp32 score of size s is off by some eps * sum of its terms, and the exponential passes that on
+    slack = 1 + 16 * torch.finfo(torch.float32).eps * float(scores.abs().max()) * 128**0.5
+    assert float(weights[middle].min()) * slack >= float(weights[others].max())
+    torch.testing.assert_close(state.lse[0, 0].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_longer_than_the_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The looping form of the selection, made reachable by a small limit."""
+    from prhs_kernels.ops.retrieve import config
+
+    monkeypatch.setattr(config, "RESIDENT_LIMIT", 512)
+    assert not config.select_config(1000).resident
+    query, keys = separated(1000, (2 * GROUP, 2), 64, torch.float32, levels=40)
+    spans = candidate_spans(torch.tensor([1000, 900]), torch.tensor([0, 17]), num_sinks=2).to(DEVICE)
+    budget = torch.tensor([[100, 300], [1, 500]], dtype=torch.int32, device=DEVICE)
+    both(query, keys, spans, budget, rule(2, dilation=2), new_state(query, keys, 1000), poisoned(keys))
+
+
+def test_scratch_that_is_too_small_is_refused() -> None:
+    query, keys = separated(63, (2 * GROUP, 2), 64, torch.float32)
+    scratch = RetrievalScratch.allocate(BATCH, 2, GROUP, 62, DEVICE)
+    spans = torch.zeros(BATCH, 4, dtype=torch.int32, device=DEVICE)
+    budget = torch.zeros(BATCH, 2, dtype=torch.int32, device=DEVICE)
+    state = new_state(query, keys, 70)
+    with pytest.raises(UsageError, match="rows of 62 slots, needed for 4 rows of 63"):
+        retrieve(
+            query, keys, spans=spans, budget=budget, rule=rule(2), state=state, scale=1.0, scratch=scratch,
+            backend="triton",
+        )  # fmt: skip
