@@ -12,6 +12,7 @@ from typing import Any
 from prhs_calibration import files, fingerprint, results
 from prhs_calibration.bundle import Bundle, read_metadata
 from prhs_calibration.bundle_format import BundleMetadata
+from prhs_calibration.hub import EMBEDDED, REFERENCE
 from prhs_kernels.errors import InputError
 
 SUFFIX = ".safetensors"
@@ -46,11 +47,11 @@ def default_path(model_id: str, weights_hash: str, delta: float) -> pathlib.Path
     return folder / f"{slug}-{weights_hash.rpartition(':')[2][:8]}-delta{delta:g}{SUFFIX}"
 
 
-def reference_bundle_path() -> pathlib.Path:
-    """The bundle of the embedded model; InputError when this installation lacks it."""
-    path = pathlib.Path(__file__).parent / "reference_model" / "bundle.safetensors"
+def reference_bundle_path(name: str = REFERENCE) -> pathlib.Path:
+    """The bundle of an embedded model; InputError when this installation lacks it."""
+    path = pathlib.Path(__file__).parent / "reference_model" / f"{name}.bundle.safetensors"
     if not path.is_file():
-        raise InputError(f"{path} is missing: install prhs again, or make it with `prhs calibrate reference`")
+        raise InputError(f"{path} is missing: install prhs again, or make it with `prhs calibrate {name}`")
     return path
 
 
@@ -81,18 +82,25 @@ def choose(
     """
     chosen = path or newest_matching(model_fingerprint, weights_hash)
     if chosen is None:
-        try:
-            bundle = Bundle.load(reference_bundle_path())
-            bundle.check_model(model_fingerprint, weights_hash)
-        except InputError as error:
-            raise InputError(
-                f"no bundle in {user_bundle_dir()} fits this model: run `prhs calibrate` on it, "
-                "or name a bundle file"
-            ) from error
-        return bundle
+        return _embedded(model_fingerprint, weights_hash)
     bundle = Bundle.load(chosen)
     bundle.check_model(model_fingerprint, weights_hash)
     return bundle
+
+
+def _embedded(model_fingerprint: Mapping[str, Any], weights_hash: str | None) -> Bundle:
+    problem: InputError | None = None
+    for name in EMBEDDED:
+        try:
+            bundle = Bundle.load(reference_bundle_path(name))
+            bundle.check_model(model_fingerprint, weights_hash)
+        except InputError as error:
+            problem = error
+        else:
+            return bundle
+    raise InputError(
+        f"no bundle in {user_bundle_dir()} fits this model: run `prhs calibrate` on it, or name a bundle file"
+    ) from problem
 
 
 def remove(name: str) -> pathlib.Path:

@@ -13,7 +13,8 @@ from typing import Any
 from prhs_calibration import files
 from prhs_kernels.errors import InputError, PrhsError, ResourceError, UsageError
 
-REFERENCE = "reference"
+REFERENCE = "reference"  # small and quick on a CPU, context 2,048: the default everywhere
+EMBEDDED = {REFERENCE: "weights", "reference-8k": "weights-8k"}  # name -> folder in the package
 ALIASES = {
     "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "llama-2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
@@ -60,7 +61,7 @@ class Source:
     """Where a model's files are; those of a hub model may still lack the weights until `fetch_weights`."""
 
     folder: pathlib.Path
-    model_id: str  # hub id, name of the local folder, or "reference"
+    model_id: str  # hub id, name of the local folder, or of an embedded model
     revision: str  # commit hash on the hub, "local" or "embedded"
     online: bool = False  # the hub answered: what is missing can be downloaded
 
@@ -118,13 +119,13 @@ class Source:
 
 
 def locate(name: str, revision: str | None = None) -> Source:
-    """Find a model by alias, hub id, folder or `reference`; for hub models fetch all but the weights.
+    """Find a model by alias, hub id, folder or embedded name; for hub models fetch all but the weights.
 
     An alias wins over a folder of the same name (write `./name` for the folder). The hub is asked once, with
     a timeout of 5 s, and what is on disk is used when it does not answer. Raises InputError of one line for
     unknown names, gated models, missing files, no network; UsageError for a revision of a folder.
     """
-    if name == REFERENCE or _is_folder(name):
+    if name in EMBEDDED or _is_folder(name):
         if revision is not None:
             raise UsageError(f"revision {revision!r} needs a hub model; {name} is a folder")
         return _local(name)
@@ -150,9 +151,9 @@ def is_on_disk(model_id: str) -> bool:
     return True
 
 
-def reference_folder() -> pathlib.Path:
-    """Where the embedded model lies in this installation."""
-    return pathlib.Path(__file__).parent / "reference_model" / "weights"
+def reference_folder(name: str = REFERENCE) -> pathlib.Path:
+    """Where an embedded model lies in this installation."""
+    return pathlib.Path(__file__).parent / "reference_model" / EMBEDDED[name]
 
 
 def _is_folder(name: str) -> bool:
@@ -162,11 +163,11 @@ def _is_folder(name: str) -> bool:
 
 
 def _local(name: str) -> Source:
-    if name == REFERENCE:
-        folder = reference_folder()
+    if name in EMBEDDED:
+        folder = reference_folder(name)
         if not (folder / "config.json").is_file():
             raise InputError(f"the embedded model is missing from {folder.parent}; install prhs again")
-        return Source(folder, REFERENCE, "embedded")
+        return Source(folder, name, "embedded")
     folder = pathlib.Path(name).expanduser()
     if not folder.is_dir():
         raise InputError(f"no model folder {name}: give a folder with config.json and safetensors weights")
@@ -174,7 +175,7 @@ def _local(name: str) -> Source:
 
 
 def _suggestion(name: str) -> str:
-    lowered = {known.lower(): known for known in (REFERENCE, *ALIASES, *ALIASES.values())}
+    lowered = {known.lower(): known for known in (*EMBEDDED, *ALIASES, *ALIASES.values())}
     close = [lowered[key] for key in difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)]
     known = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{known}Give an alias (`prhs models` lists them), a hub id such as org/name, or a folder"

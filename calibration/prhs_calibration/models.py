@@ -11,7 +11,7 @@ import torch
 
 from prhs_calibration import fingerprint, memory
 from prhs_calibration.files import one_line
-from prhs_calibration.hub import ALIASES, REFERENCE, Source, is_on_disk, locate, reference_folder
+from prhs_calibration.hub import ALIASES, EMBEDDED, Source, is_on_disk, locate, reference_folder
 from prhs_kernels.errors import InputError, PrhsError, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class LoadedModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase  # pads on the left
-    model_id: str  # hub id, name of the local folder, or "reference"
+    model_id: str  # hub id, name of the local folder, or of an embedded model
     revision: str  # commit hash, "local" or "embedded"
     fingerprint: dict[str, Any]  # see fingerprint.fingerprint_of
     weights_hash: str
@@ -60,7 +60,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> LoadedModel:
-    """Load a model by alias, hub id, local folder or `reference`.
+    """Load a model by alias, hub id, local folder or embedded name.
 
     `device`: None or "auto" takes CUDA when there is one. `dtype`: None or "auto" is bf16 on CUDA, fp32 on
     the CPU. Safetensors only, no code of the repository is run, weights that do not cover the model are
@@ -96,8 +96,8 @@ def load(
 
 
 def list_models() -> list[KnownModel]:
-    """The embedded model and every alias, with whether it can be loaded without a network."""
-    known = [KnownModel(REFERENCE, REFERENCE, (reference_folder() / "config.json").is_file())]
+    """The embedded models and every alias, with whether it can be loaded without a network."""
+    known = [KnownModel(name, name, (reference_folder(name) / "config.json").is_file()) for name in EMBEDDED]
     return known + [KnownModel(alias, model_id, is_on_disk(model_id)) for alias, model_id in ALIASES.items()]
 
 

@@ -510,7 +510,7 @@ def test_without_any_bundle_the_embedded_one_is_taken(
 ) -> None:
     embedded = tmp_path / "reference.safetensors"
     make_bundle().save(embedded)
-    monkeypatch.setattr(bundle_store, "reference_bundle_path", lambda: embedded)
+    monkeypatch.setattr(bundle_store, "reference_bundle_path", lambda name="reference": embedded)
     assert bundle_store.choose(None, make_metadata().fingerprint).path == embedded
     with pytest.raises(InputError, match="prhs calibrate"):
         bundle_store.choose(None, fingerprint_of(tiny_config("qwen3")))

@@ -461,11 +461,11 @@ def test_a_model_on_disk_needs_no_network(
     assert (loaded.model_id, loaded.revision) == ("Qwen/Qwen3-8B", COMMIT)
     assert models.load("Qwen/Qwen3-8B", revision=COMMIT, device="cpu").weights_hash == loaded.weights_hash
     assert [
-        known.alias for known in models.list_models() if known.on_disk and known.alias != "reference"
+        known.alias for known in models.list_models() if known.on_disk and known.alias not in hub.EMBEDDED
     ] == ["qwen3-8b"]
     (folder / "model.safetensors").unlink()
     one_line(InputError, lambda: models.load("qwen3-8b", device="cpu"), "Qwen/Qwen3-8B")
-    assert not any(known.on_disk for known in models.list_models() if known.alias != "reference")
+    assert not any(known.on_disk for known in models.list_models() if known.alias not in hub.EMBEDDED)
 
 
 @pytest.mark.parametrize(
@@ -548,9 +548,9 @@ def test_alias_wins_over_a_folder_of_that_name(
 def test_embedded_model_missing_or_there(
     folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "reference_folder", lambda: tmp_path / "absent")
+    monkeypatch.setattr(hub, "reference_folder", lambda name="reference": tmp_path / "absent")
     one_line(InputError, lambda: models.load("reference"), "embedded model is missing", "install")
-    monkeypatch.setattr(hub, "reference_folder", lambda: folder)
+    monkeypatch.setattr(hub, "reference_folder", lambda name="reference": folder)
     loaded = models.load("reference", device="cpu")
     assert (loaded.model_id, loaded.revision) == ("reference", "embedded")
 
