@@ -37,7 +37,7 @@ def stdlib_files(root: Path | None = None) -> dict[str, str]:
         if not 400 <= len(raw) <= _MAX_FILE_CHARS or not raw.isascii():
             continue
         text = raw.decode("ascii").replace("\r\n", "\n").expandtabs(4)
-        if _is_prose_or_code(text):
+        if is_prose_or_code(text):
             found[name] = text
     return found
 
@@ -112,7 +112,7 @@ def _is_test(name: str) -> bool:
     return any(part in {"test", "tests", "idle_test"} for part in name.split("/"))
 
 
-def _is_prose_or_code(text: str) -> bool:
+def is_prose_or_code(text: str) -> bool:
     """Long lines, or more digits and punctuation than letters, mean tables and generated data."""
     if _RECORD in text or max(map(len, text.split("\n"))) > 600:
         return False

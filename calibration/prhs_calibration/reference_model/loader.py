@@ -1,7 +1,6 @@
 """Worker processes that make batches ahead of the training step, at a length that may change at any time."""
 
 import multiprocessing
-import queue
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,16 +54,11 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers. Nothing is read from them any more: a batch cut off half-way would never end."""
         for process in self._processes:
             process.terminate()
-        for ready in self._queues:
-            try:
-                while True:
-                    ready.get_nowait()
-            except (queue.Empty, OSError, EOFError):
-                ready.cancel_join_thread()
-                ready.close()
+        for process in self._processes:
+            process.join(timeout=5)
 
     def _make(self, step: int) -> TaskBatch:
         length = self.length_of(step) if self.length_of else int(self._length.value)

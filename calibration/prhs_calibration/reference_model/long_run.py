@@ -145,12 +145,10 @@ class LongRun:
         measure.evaluate(self.plain, self.items, path, device=self.options.device)
 
     def _warm_up(self) -> None:
-        """Choose kernels and compile before the clock starts; plain PyTorch where compiling fails.
-
-        The batch used for it is spent: the run starts with the next one.
-        """
+        """Choose kernels and compile before the clock starts; plain PyTorch where compiling fails."""
         started = time.monotonic()
-        batch = next(self.loader)
+        first = long_stage(0.0, self.options.context_length)[0]
+        batch = self.loader.source.batch(0, first, max(1, self.options.tokens_per_step // first))
         config, length = self.model.config, self.options.context_length
         rows = max(1, self.options.tokens_per_step // length)
         shape = (rows, config.num_attention_heads, config.num_key_value_heads, length, config.head_dim)

@@ -4,12 +4,14 @@ Every answer token is the argmax given the tokens before it exactly when greedy 
 so one forward per item tells what decoding step by step would.
 """
 
+import argparse
 import json
 import multiprocessing
+import sys
 import time
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +21,15 @@ from torch.nn import functional
 
 from prhs_kernels.errors import UsageError
 
+from ..evaluation.tasks import TASKS
+from ..evaluation.tasks.assemble import plain_text
+from ..evaluation.tasks.types import Templates
 from .fused import FusedLlama
 from .task_rows import TaskBatch
 from .tokenizer import BOS_ID
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     from .train import TrainingOptions
 
@@ -97,43 +102,55 @@ class ItemBuilder:
         self.process.start()
 
     def _build(self) -> None:
-        from ..evaluation.tasks import TASKS
-
         torch.set_num_threads(1)
         self.folder.mkdir(parents=True, exist_ok=True)
-        np.savez(self.folder / "windows.npz", ids=self._windows())
+        windows = text_windows(self.tokenizer, self.context_length, _WINDOWS)
+        np.savez(self.folder / "windows.npz", ids=windows)
         for length in self.lengths:
-            for task in (task for task in TASKS.values() if task.metric == "exact"):
-                for templates in ("seen", "unseen"):
-                    ids = np.zeros((self.count, length), dtype=np.uint16)
-                    starts = np.zeros(self.count, dtype=np.int64)
-                    try:
-                        for index in range(self.count):
-                            item = task.build(self.tokenizer, length=length, seed=index, templates=templates)
-                            ids[index] = item.input_ids
-                            starts[index] = length - len(item.answer_ids)
-                    except UsageError as error:
-                        print(f"no items: {task.name} at {length}: {error}", flush=True)
-                        continue
-                    path = self.folder / f"{length}-{task.name}-{templates}.npz"
-                    np.savez(path.with_suffix(".partial.npz"), ids=ids, starts=starts)
-                    path.with_suffix(".partial.npz").rename(path)
+            for name, templates in cells():
+                built = build_items(self.tokenizer, name, templates, length, self.count)
+                if built is None:
+                    continue
+                path = self.folder / f"{length}-{name}-{templates}.npz"
+                np.savez(path.with_suffix(".partial.npz"), ids=built[0], starts=built[1])
+                path.with_suffix(".partial.npz").rename(path)
         (self.folder / "done").touch()
-
-    def _windows(self) -> npt.NDArray[np.uint16]:
-        """Windows of held-out text, `<s>` first."""
-        from ..evaluation.tasks.assemble import plain_text
-
-        rng = Random("perplexity windows")
-        size = self.context_length
-        made = [plain_text(self.tokenizer, length=size, scored=1, rng=rng).input_ids for _ in range(_WINDOWS)]
-        return np.array(made, dtype=np.uint16)
 
     def wait(self, seconds: float = 120.0) -> None:
         """Wait for the items, for a limited time; what is there by then is used."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.is_alive() and not (self.folder / "done").exists():
             time.sleep(0.2)
+
+
+def text_windows(tokenizer: "PreTrainedTokenizerBase", size: int, count: int) -> npt.NDArray[np.uint16]:
+    """`count` windows of held-out text, `<s>` first: [count, size]."""
+    rng = Random("perplexity windows")
+    made = [plain_text(tokenizer, length=size, scored=1, rng=rng).input_ids for _ in range(count)]
+    return np.array(made, dtype=np.uint16)
+
+
+def cells() -> list[tuple[str, Templates]]:
+    """(task, templates) of everything measured by exact match."""
+    names = [task.name for task in TASKS.values() if task.metric == "exact"]
+    return [(name, templates) for name in names for templates in get_args(Templates)]
+
+
+def build_items(
+    tokenizer: "PreTrainedTokenizerBase", name: str, templates: Templates, length: int, count: int
+) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]] | None:
+    """(ids [count, length], first answer position [count]); None when the task does not fit the length."""
+    ids = np.zeros((count, length), dtype=np.uint16)
+    starts = np.zeros(count, dtype=np.int64)
+    try:
+        for index in range(count):
+            item = TASKS[name].build(tokenizer, length=length, seed=index, templates=templates)
+            ids[index] = item.input_ids
+            starts[index] = length - len(item.answer_ids)
+    except UsageError as error:
+        print(f"no items: {name} at {length}: {error}", flush=True)
+        return None
+    return ids, starts
 
 
 @torch.no_grad()
@@ -284,3 +301,69 @@ def _rounded(values: Tensor) -> Any:
 def _write(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _cell(job: tuple[str, str, Templates, int, int]) -> tuple[Any, ...]:
+    """Items of one cell, in a process of a pool."""
+    from transformers import AutoTokenizer
+
+    folder, name, templates, length, count = job
+    return (*job, build_items(AutoTokenizer.from_pretrained(folder), name, templates, length, count))
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    """Measure the checkpoint in a folder; the output file is rewritten after every cell."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    parser = argparse.ArgumentParser(prog="python -m prhs_calibration.reference_model.measure")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=100, help="items per cell")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096, 8192])
+    parser.add_argument("--templates", nargs="*", default=list(get_args(Templates)))
+    parser.add_argument("--tasks", nargs="*", default=sorted({name for name, _ in cells()}))
+    parser.add_argument("--windows", type=int, default=_WINDOWS, help="windows of text, 0 for none")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=0)
+    options = parser.parse_args(argv)
+    wanted = [(n, t) for n, t in cells() if n in options.tasks and t in options.templates]
+    jobs = [
+        (str(options.folder), n, t, length, options.count) for length in options.lengths for n, t in wanted
+    ]
+    pool = multiprocessing.get_context("fork").Pool(options.workers) if options.workers else None
+    built = pool.imap(_cell, jobs) if pool else map(_cell, jobs)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(options.folder), dtype=torch.float32)
+    model.to(options.device)
+    cuda = options.device.startswith("cuda")
+    forward = FusedLlama(model, dtype=torch.bfloat16 if cuda else torch.float32)
+    table: dict[str, Any] = {}
+    result: dict[str, Any] = {
+        "conditions": {
+            "items_per_cell": options.count,
+            "dtype": str(forward.dtype),
+            "device": torch.cuda.get_device_name() if cuda else options.device,
+            "torch": torch.__version__,
+            "command": sys.argv[1:],
+        },
+        "exact_match": table,
+    }
+    if options.windows:
+        tokenizer = AutoTokenizer.from_pretrained(str(options.folder))
+        windows = text_windows(tokenizer, model.config.max_position_embeddings, options.windows)
+        result["perplexity"] = _perplexities(forward, windows, options.device)
+        result["attention"] = {"held_out_text": attention_figures(forward, windows[:4], options.device)}
+        _write(options.output, result)
+    for _, name, templates, length, _, items in built:
+        if items is None:
+            continue
+        share = exact_share(forward, items[0], items[1], options.device)
+        table.setdefault(templates, {}).setdefault(name, {})[str(length)] = round(share, 4)
+        print(length, name, templates, share, flush=True)
+        _write(options.output, result)
+    if pool:
+        pool.terminate()
+
+
+if __name__ == "__main__":
+    main()

@@ -113,11 +113,18 @@ def continuation(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def _ending(tokenizer: Tokenizer, question: Question) -> tuple[list[int], list[int]]:
-    """(question tokens, answer tokens); the answer starts where its first piece to be produced starts."""
+    """(question tokens, answer tokens); the answer starts where its first piece to be produced starts.
+
+    A space that is a token of its own in front of the answer belongs to the question: it is layout, and
+    whether a model foresees it says nothing about what it remembers.
+    """
     first = next(i for i, piece in enumerate(question.answer) if isinstance(piece, Answer))
     prompt = "\n" + text_of(question.prompt) + text_of(question.answer[:first])
     asked = continuation(tokenizer, prompt)
     both = continuation(tokenizer, prompt + text_of(question.answer[first:]))
+    spaced = continuation(tokenizer, prompt + " ")
+    if len(spaced) < len(both) and both[: len(spaced)] == spaced:
+        asked = spaced
     if both[: len(asked)] == asked:
         return asked, both[len(asked) :]
     return asked, continuation(tokenizer, text_of(question.answer[first:]))
