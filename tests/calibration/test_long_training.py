@@ -1,6 +1,7 @@
 """The second model's training: the fast forward, the loader, resuming, checkpoints in pieces, measuring."""
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prhs_calibration.reference_model import data, measure, reference_path
+from prhs_calibration.reference_model import data, measure, prepare, reference_path
 from prhs_calibration.reference_model.fused import FusedLlama
 from prhs_calibration.reference_model.loader import Loader
 from prhs_calibration.reference_model.long_run import LongRun, _by_row
@@ -97,6 +98,15 @@ def test_workers_hand_out_the_steps_in_order_and_close_with_full_queues(rows):
     assert inline.step == 6 and next(inline).ids.shape == (2, 256)
 
 
+def test_workers_that_are_cut_off_in_the_middle_of_a_batch_do_not_hold_up_the_end(rows):
+    loader = Loader(rows, tokens_per_batch=65536, workers=1, length=256)
+    next(loader)
+    time.sleep(1.5)  # by now a batch larger than a pipe holds is half-way through it
+    started = time.monotonic()
+    loader.close()
+    assert time.monotonic() - started < 4 and not loader._processes[0].is_alive()
+
+
 def test_length_can_change_while_running(rows):
     loader = Loader(rows, tokens_per_batch=512, workers=0, length=128)
     assert next(loader).ids.shape == (4, 128)
@@ -180,3 +190,28 @@ def test_attention_figures_of_known_patterns(tmp_path):
     assert figures["sink_mass_first_mean"] == pytest.approx(1 / 60, abs=0.002)
     assert figures["overlap_rows_mean"] == pytest.approx(1.0, abs=1e-4)
     assert np.array(figures["adjacent_cosine"]).shape == (3, 4)
+
+
+def test_collected_text_leaves_out_held_out_lines_repeats_and_other_licences(tmp_path, monkeypatch):
+    held_out = max(data.held_out_files().values(), key=len)
+    own = "\n".join(f"def function_number_{i}(argument): return argument + {i}" for i in range(40))
+    package = tmp_path / "rich"
+    (package / "_vendor").mkdir(parents=True)
+    texts = {
+        "good.py": own,
+        "same.py": own + "\n",
+        "copied.py": held_out[:20_000],
+        "_vendor/other.py": own[5:],
+    }
+    texts["copyleft.py"] = "# GNU General Public License\n" + own.replace("function", "method")
+    for name, text in texts.items():
+        (package / name).write_text(text)
+    monkeypatch.setattr(data, "stdlib_files", lambda: {})
+    assert list(prepare.collect(tmp_path)) == ["rich/good.py"]
+    facts = prepare.manifest({"rich/good.py": own})
+    assert facts["rich"]["files"] == 1 and facts["rich"]["licence"] == "MIT"
+
+
+def test_packed_tokens_come_back():
+    tokens = np.array([0, 1, 65535, 300], dtype=np.uint16)
+    assert np.array_equal(data.unpack_tokens(data.pack_tokens(tokens)), tokens)

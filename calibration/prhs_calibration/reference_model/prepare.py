@@ -1,4 +1,4 @@
-"""Collect, tokenise and pack training text: `python -m prhs_calibration.reference_model.prepare --out FOLDER`.
+"""Collect and tokenise training text: `python -m prhs_calibration.reference_model.prepare --out FOLDER`.
 
 Text is this Python's standard library and those installed packages that are under permissive licences. Files
 that share lines with the held-out text are left out, as are files that mostly repeat earlier ones.
@@ -62,7 +62,8 @@ VOCAB_SIZE = 4096
 _SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt")
 _SKIPPED = {"_vendor", "vendor", "typeshed", "third_party", "_distutils", "__pycache__", "idle_test"}
 _OTHER_LICENCE = re.compile(
-    r"\bGPL|General Public License|Mozilla Public|\bLGPL|Creative Commons|CC-BY|proprietary|NVIDIA CORPORATION",
+    r"\bGPL|General Public License|Mozilla Public|\bLGPL|Creative Commons|CC-BY|proprietary"
+    r"|NVIDIA CORPORATION",
     re.IGNORECASE,
 )
 _LONG_LINE = 30  # characters of a line that counts when files are compared
