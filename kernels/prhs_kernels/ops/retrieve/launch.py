@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prhs_kernels.ops.decode_config import next_power_of_2, precision
-from prhs_kernels.ops.retrieve.config import scan_config, select_config, weigh_blocks
+from prhs_kernels.ops.retrieve.config import ScanConfig, scan_config, select_config, weigh_blocks
 from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalScratch, RetrievalState
 
 
@@ -66,14 +66,15 @@ def gate(
 
 
 def scan(
-    query: torch.Tensor, keys: torch.Tensor, spans: torch.Tensor, scratch: RetrievalScratch, scale: float
-) -> None:
+    query: torch.Tensor, keys: torch.Tensor, spans: torch.Tensor, scratch: RetrievalScratch, scale: float,
+    config: ScanConfig | None = None,
+) -> None:  # fmt: skip
     """Scores of all candidates of the rows on the work list, and each chunk's running softmax."""
     from prhs_kernels.ops.retrieve.triton import scan_kernel
 
     num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
     rows, group, max_len = scratch.scores.shape
-    config = scan_config(head_dim, keys.dtype, rows, max_len, keys.device)
+    config = config or scan_config(head_dim, keys.dtype, rows, max_len, keys.device)
     scan_kernel[(config.programs,)](
         query,
         keys,

@@ -1,0 +1,169 @@
+"""Correctness of every operator on the device at hand, at random and ragged shapes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from prhs_kernels.ops.backend import Backend
+from prhs_kernels.ops.dense_decode.api import dense_decode
+from prhs_kernels.ops.merge_state.api import merge_state
+from prhs_kernels.ops.retrieve.api import retrieve
+from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalState
+from prhs_kernels.ops.spans import candidate_spans, span_mask
+from prhs_kernels.ops.sparse_decode.api import sparse_decode
+from prhs_kernels.ops.sparse_decode.reference import kept_indices
+from prhs_kernels.testing.tolerances import assert_as_exact_as, sum_of_terms
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One set of compile-time shapes; lengths and heads are drawn."""
+
+    head_dim: int
+    group: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"d{self.head_dim}-g{self.group}-{self.dtype}"
+
+
+SHAPES = [
+    Shape(128, 4, "bf16"),
+    Shape(128, 4, "fp16"),
+    Shape(128, 4, "fp32"),
+    Shape(128, 1, "bf16"),
+    Shape(64, 7, "bf16"),
+    Shape(80, 1, "fp16"),
+    Shape(96, 3, "bf16"),
+    Shape(256, 16, "bf16"),
+    Shape(256, 2, "fp32"),
+]
+TOY_SHAPES = [Shape(64, 2, "fp16"), Shape(80, 1, "fp32")]
+
+
+def check(shape: Shape, device: str, toy: bool) -> Iterator[tuple[str, str]]:
+    """Yield (operator, "" or what is wrong with it); an operator that fails does not stop the others."""
+    lengths = [1, 17, 111] if toy else [1, 15, 17, 63, 111, 1000, 4097, 40000]
+    for name, run in (
+        ("sparse_decode", _sparse),
+        ("dense_decode", _dense),
+        ("merge_state", _merge),
+        ("retrieve", _retrieve),
+    ):
+        try:
+            for length in lengths:
+                run(shape, length, device)
+            yield name, ""
+        except Exception as error:  # whatever it is, it belongs into the report
+            yield name, f"length {length}: {type(error).__name__}: {error}".splitlines()[0][:300]
+            if "CUDA" in str(error):
+                return  # the context is lost
+
+
+def _inputs(shape: Shape, length: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(length)
+    heads = 2
+
+    def draw(count: int, rows: int) -> torch.Tensor:
+        drawn = torch.randn(3, count, rows, shape.head_dim, generator=generator, device=device)
+        return drawn.to(DTYPES[shape.dtype])
+
+    return draw(heads * shape.group, 1), draw(heads, length), draw(heads, length)
+
+
+def _spans(length: int, device: str) -> torch.Tensor:
+    used = torch.tensor([length, (length + 1) // 2, length - length // 7], device=device)
+    padding = torch.tensor([0, length // 5, 0], device=device)
+    return candidate_spans(used, padding, num_sinks=4, num_local=32, window_start=used // 4)
+
+
+State = tuple[torch.Tensor, torch.Tensor]  # output and lse
+
+
+def _compare(found: State, stock: State, exact: State, terms: float) -> None:
+    assert_as_exact_as(found[0], stock[0], exact[0], "output")
+    assert_as_exact_as(found[1], stock[1], exact[1], "lse", terms)
+
+
+def _sparse(shape: Shape, length: int, device: str) -> None:
+    query, keys, values = _inputs(shape, length, device)
+    scale = shape.head_dim**-0.5
+    kept = torch.rand(keys.shape[:3], generator=torch.Generator(device).manual_seed(1), device=device) < 0.3
+    kept[0, 0], kept[1, 0] = False, True
+    indices, count = kept_indices(kept)
+    stock = sparse_decode(query, keys, values, indices, scale=scale, backend="reference")
+    wide = (query.double(), keys.double(), values.double())
+    exact = sparse_decode(*wide, indices, scale=scale, backend="reference")
+    terms = sum_of_terms(query, keys, scale)
+    for cache in (keys, values):
+        cache[~kept] = torch.nan
+    indices = indices.masked_fill(indices < 0, 2**30).int()
+    found = sparse_decode(query, keys, values, indices, count=count.int(), scale=scale, backend="triton")
+    _compare(found, stock, exact, terms)
+
+
+def _dense(shape: Shape, length: int, device: str) -> None:
+    query, keys, values = _inputs(shape, length, device)
+    scale = shape.head_dim**-0.5
+    for spans in (None, _spans(length, device)):
+        stock = dense_decode(query, keys, values, spans=spans, scale=scale, backend="reference")
+        wide = (query.double(), keys.double(), values.double())
+        exact = dense_decode(*wide, spans=spans, scale=scale, backend="reference")
+        dirty = [keys.clone(), values.clone()]
+        if spans is not None:
+            for cache in dirty:
+                cache.masked_fill_(~span_mask(spans, length)[:, None, :, None], torch.nan)
+        found = dense_decode(query, *dirty, spans=spans, scale=scale, backend="triton")
+        _compare(found, stock, exact, sum_of_terms(query, keys, scale))
+
+
+def _merge(shape: Shape, length: int, device: str) -> None:
+    splits = 1 + length % 40
+    generator = torch.Generator(device).manual_seed(length)
+    output = torch.randn(5, splits, shape.head_dim, generator=generator, device=device)
+    lse = 9 * torch.randn(5, splits, generator=generator, device=device)
+    lse[0], lse[1, splits // 2] = -torch.inf, -torch.inf
+    stock = merge_state(output, lse, backend="reference")
+    exact = merge_state(output.double(), lse.double(), backend="reference")
+    output[lse.isneginf()] = torch.nan
+    largest = float(lse[lse.isfinite()].abs().max())
+    _compare(merge_state(output, lse, backend="triton"), stock, exact, largest)
+
+
+def _retrieve(shape: Shape, length: int, device: str) -> None:
+    """Keys whose scores are exact in every precision, so that the sets must be equal; three steps."""
+    query, keys, _ = _inputs(shape, length, device)
+    generator = torch.Generator(device).manual_seed(length)
+    query.zero_()
+    query[..., 0] = 1.0
+    levels = torch.randint(64, keys.shape[:3], generator=generator, device=device)
+    keys[..., 0] = (levels / 16).to(keys.dtype)
+    spans = _spans(length, device)
+    count = torch.randint(1 + length // 3, (3, 2), generator=generator, device=device).int()
+    rule = RetrievalRule(
+        gate=torch.tensor([1, 0], dtype=torch.int32, device=device),
+        tau_cos=torch.full((2,), 0.9, device=device),
+        block=torch.full((2,), 8, dtype=torch.int32, device=device),
+        dilation=torch.tensor([1, 3], dtype=torch.int32, device=device),
+        num_local=32,
+    )
+    sizes = (3, 2, shape.group, shape.head_dim, length + 64)
+    found = RetrievalState.allocate(*sizes, query.dtype, device)
+    wanted = copy.deepcopy(found)
+    for _ in range(3):
+        backends: tuple[tuple[RetrievalState, Backend], ...] = ((found, "triton"), (wanted, "reference"))
+        for state, backend in backends:
+            retrieve(
+                query, keys, spans=spans, budget=count, rule=rule, state=state, scale=1.0, backend=backend
+            )
+        behind = torch.arange(sizes[-1], device=device) >= wanted.count.unsqueeze(-1)
+        for name in ("decision", "count", "anchor_slot"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), f"{name} differs"
+        different = (found.indices != wanted.indices) & ~behind
+        assert not different.any(), f"{int(different.sum())} of {int((~behind).sum())} indices differ"
