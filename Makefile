@@ -13,10 +13,10 @@ SOURCES := prhs_cli kernels/prhs_kernels calibration/prhs_calibration tests
 # torch's threads spin where they wait, which costs a factor on a machine that also does something else
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test lint format docs bench clean
+.PHONY: help demo test lint format docs bench compile-all clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
 
 demo: $(INSTALLED) ## calibrate, verify, generate, analyze and plot on the embedded model; at most 8 minutes
 	$(BIN)/python -m prhs_cli.demo
@@ -38,6 +38,9 @@ docs: $(INSTALLED) ## write docs/cli.md from the command line itself
 
 bench: ## not there yet
 	@echo 'make bench: there are no benchmarks yet; they come with the GPU kernels' >&2; exit 2
+
+compile-all: $(INSTALLED) ## compile every kernel for sm_80, sm_90, sm_100; registers and shared memory
+	PYTHONPATH=kernels $(BIN)/python -W ignore -m prhs_kernels.bench.compile --json docs/benchmarks/compile.json
 
 clean: ## remove the virtual environment and what building left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -12,7 +12,7 @@ import torch
 from prhs_kernels.bench.cases import LOCAL, SINKS, Inputs, Row, describe, run_case
 from prhs_kernels.ops.retrieve import launch
 from prhs_kernels.ops.retrieve.api import retrieve
-from prhs_kernels.ops.retrieve.config import ScanConfig, scan_config
+from prhs_kernels.ops.retrieve.config import ScanConfig, SelectConfig, scan_config
 from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalScratch, RetrievalState
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.testing.tolerances import tolerance
@@ -155,6 +155,11 @@ def tuning_cases(inputs: Inputs) -> Iterator[Row]:
         query, keys, _ = inputs.kv(i)
         launch.scan(query, keys, inputs.spans, every.scratch, inputs.scale, config)
 
+    def select_call(config: SelectConfig, i: int) -> None:
+        launch.select(
+            p.num_kv_heads, inputs.spans, every.budget, every.rule, every.state, every.scratch, config
+        )
+
     def row(name: str, call: Callable[[Any, int], None], config: Any, num_bytes: int) -> Row:
         many = max(len(inputs.keys), len(inputs.indices)) if name == "sparse" else 0
         rotation = functools.partial(inputs.rotate, functools.partial(call, config), many)
@@ -167,6 +172,11 @@ def tuning_cases(inputs: Inputs) -> Iterator[Row]:
     for tile in [(64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 4, 3), (128, 8, 4), (32, 2, 5)]:
         for programs in (base.programs // 2, base.programs, base.programs * 2):
             yield row("scan", scan_call, ScanConfig(*tile, base.chunk, programs), kv_bytes // 2 * p.n)
+    every.scratch.work[1] = p.rows  # what the scan hands on
+    launch.weigh(p.num_kv_heads, inputs.spans, LOCAL, every.state, every.scratch, inputs.keys.device)
+    for block, small, warps in [(32768, 2048, 16), (32768, 4096, 16), (32768, 8192, 16), (32768, 4096, 32)]:
+        yield row("select", select_call, SelectConfig(block, small, True, warps), 4 * p.rows * p.n)
+    yield row("select", select_call, SelectConfig(8192, 2048, False, 16), 4 * p.rows * p.n)
     for tile in [(64, 4, 3), (64, 4, 4), (128, 8, 3)]:
         for splits in (4, 6, 8, 16):
             yield row("dense", dense_call, DecodeConfig(*tile, splits), kv_bytes * p.n)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 
 from prhs_kernels.ops.decode_config import next_power_of_2, precision
-from prhs_kernels.ops.retrieve.config import ScanConfig, scan_config, select_config, weigh_blocks
+from prhs_kernels.ops.retrieve.config import (
+    ScanConfig,
+    SelectConfig,
+    scan_config,
+    select_config,
+    weigh_blocks,
+)
 from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalScratch, RetrievalState
 
 
@@ -132,12 +138,12 @@ def weigh(
 
 def select(
     num_kv_heads: int, spans: torch.Tensor, budget: torch.Tensor, rule: RetrievalRule,
-    state: RetrievalState, scratch: RetrievalScratch,
+    state: RetrievalState, scratch: RetrievalScratch, config: SelectConfig | None = None,
 ) -> None:  # fmt: skip
     """Top-k by importance, dilated and written as ascending slots: one program per row of the list."""
     from prhs_kernels.ops.retrieve.select.triton import select_kernel
 
-    config = select_config(scratch.max_len)
+    config = config or select_config(scratch.max_len)
     select_kernel[(state.count.numel(),)](
         spans,
         scratch.work,
