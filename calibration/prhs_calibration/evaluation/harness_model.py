@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,57 +29,59 @@ if TYPE_CHECKING:
     from prhs_calibration.evaluation.store import Store
     from prhs_calibration.models import LoadedModel
 
+Answer = Callable[["Point"], tuple[Any, DecodeStats]]
+
 MAX_NEW_TOKENS = 256  # where a task sets no limit, as the harness's own models have it
 
 
 class Recorder(LM):  # type: ignore[misc]
-    """Remembers what it is asked about and answers nothing: to see a task's contexts before running it.
+    """Remembers what it is asked about and answers nothing: to see the contexts of tasks before running them.
 
-    contexts: texts that are prefilled; texts: those that are scored from their start.
+    seen: task, text, and whether the text is scored from its start instead of being a context.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.contexts: list[str] = []
-        self.texts: list[str] = []
+        self.seen: list[tuple[str, str, bool]] = []
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        self.contexts += [request.args[0] for request in requests]
+        self.seen += [(request.task_name, request.args[0], False) for request in requests]
         return [(0.0, False)] * len(requests)
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        self.texts += [request.args[0] for request in requests]
+        self.seen += [(request.task_name, request.args[0], True) for request in requests]
         return [0.0] * len(requests)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        self.contexts += [request.args[0] for request in requests]
+        self.seen += [(request.task_name, request.args[0], False) for request in requests]
         return [""] * len(requests)
 
 
 class PrhsLM(TemplateLM):  # type: ignore[misc]
-    """One model at one operating point; the prompt but its last token is prefill, all else decode steps.
+    """One model, per task at an operating point. All of a prompt but its last token is prefill; what follows
+    are decode steps.
 
-    Answers are kept in `store` under `name`, with what they read and kept; `stats` sums the latter over all
+    Answers are kept in `store`, with what they read and kept; `stats` sums the latter by task, over all
     requests, those answered before an interruption included.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
-        point: Point,
+        points: Mapping[str, Point],
         *,
         store: Store,
-        name: str,
         seed: int = 0,
-        report: Callable[[int, int], None] = lambda done, total: None,
+        report: Callable[[str, int, int], None] = lambda stage, done, total: None,
     ) -> None:
         super().__init__()
-        self.loaded, self.point = loaded, point
+        self.loaded, self.points = loaded, points
         self.tokenizer = loaded.tokenizer
-        self.stats = DecodeStats()
-        self._store, self._name, self._seed, self._report = store, name, seed, report
+        self.stats = {task: DecodeStats() for task in points}
+        self._store, self._seed, self._report = store, seed, report
         self._device = loaded.device
         self._asked: dict[str, int] = {}
+        self._tasks: list[str] = []  # of the requests that are being tokenised
 
     @property
     def eot_token_id(self) -> int:
@@ -119,65 +121,75 @@ class PrhsLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation in nats, and whether greedy decoding would write it."""
+        self._tasks = [request.task_name for request in requests]
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        def answer(context: list[int], continuation: list[int]) -> Callable[[], tuple[Any, DecodeStats]]:
-            return lambda: self._score(context, continuation)
+        def answer(context: list[int], continuation: list[int]) -> Answer:
+            return lambda point: self._score(point, context, continuation)
 
-        found = [
-            self._once("loglikelihood", texts, answer(context, continuation), at, len(requests))
-            for at, (texts, context, continuation) in enumerate(requests)
-        ]
+        found = self._all(
+            "loglikelihood",
+            [
+                (task, texts, answer(context, continuation))
+                for task, (texts, context, continuation) in zip(self._tasks, requests, strict=True)
+            ],
+        )
         return [(float(likelihood), bool(greedy)) for likelihood, greedy in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood of whole texts in nats; a text beyond the context goes in windows."""
 
-        def answer(text: str) -> Callable[[], tuple[Any, DecodeStats]]:
-            return lambda: self._roll(text)
+        def answer(text: str) -> Answer:
+            return lambda point: self._roll(point, text)
 
-        return [
-            float(self._once("rolling", request.args, answer(request.args[0]), at, len(requests)))
-            for at, request in enumerate(requests)
-        ]
+        found = self._all(
+            "rolling likelihood", [(one.task_name, one.args, answer(one.args[0])) for one in requests]
+        )
+        return [float(likelihood) for likelihood in found]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Text up to the first stop sequence, by the decode loop."""
 
-        def answer(context: str, settings: dict[str, Any], at: int) -> Callable[[], tuple[Any, DecodeStats]]:
-            return lambda: self._generate(context, settings, at)
+        def answer(context: str, settings: dict[str, Any], seed: int) -> Answer:
+            return lambda point: self._generate(point, context, settings, seed)
 
-        return [
-            str(self._once("generate", (context, settings), answer(context, settings, at), at, len(requests)))
-            for at, (context, settings) in enumerate(request.args for request in requests)
-        ]
+        found = self._all(
+            "generation",
+            [
+                (one.task_name, one.args, answer(one.args[0], one.args[1], self._seed + at))
+                for at, one in enumerate(requests)
+            ],
+        )
+        return [str(text) for text in found]
 
-    def _once(
-        self,
-        kind: str,
-        arguments: Sequence[Any],
-        compute: Callable[[], tuple[Any, DecodeStats]],
-        done: int,
-        total: int,
-    ) -> Any:
-        """The kept answer of a request, or a new one."""
-        self._report(done, total)
-        digest = hashlib.sha256(json.dumps([kind, *arguments], default=str).encode()).hexdigest()[:32]
-        repeat = self._asked[digest] = self._asked.get(digest, 0) + 1
-        name = f"{self._name}/{digest}/{repeat}"
-        piece = self._store.get(name)
+    def _all(self, kind: str, requests: Sequence[tuple[str, Sequence[Any], Answer]]) -> list[Any]:
+        """Answers of requests (task, arguments, how to answer), kept ones or new ones."""
+        found = []
+        for at, (task, arguments, answer) in enumerate(requests):
+            point = self.points[task]
+            self._report(f"{kind}, {point.name}", at, len(requests))
+            found.append(self._once(task, point, [kind, *arguments], answer))
+            self._report(f"{kind}, {point.name}", at + 1, len(requests))
+        return found
+
+    def _once(self, task: str, point: Point, request: Sequence[Any], answer: Answer) -> Any:
+        digest = hashlib.sha256(json.dumps(request, default=str).encode()).hexdigest()[:32]
+        name = f"items/{task}/{point.name}/{digest}"
+        repeat = self._asked[name] = self._asked.get(name, 0) + 1
+        piece = self._store.get(f"{name}/{repeat}")
         if piece is None:
-            answer, stats = compute()
-            piece = self._store.put(name, {"answer": answer, "stats": rows.sums(stats)})
-        self.stats = self.stats.merged(DecodeStats(**piece["stats"]))
-        self._report(done + 1, total)
+            found, stats = answer(point)
+            piece = self._store.put(f"{name}/{repeat}", {"answer": found, "stats": rows.sums(stats)})
+        self.stats[task] = self.stats[task].merged(DecodeStats(**piece["stats"]))
         return piece["answer"]
 
-    def _score(self, context: list[int], continuation: list[int]) -> tuple[list[float | bool], DecodeStats]:
+    def _score(
+        self, point: Point, context: list[int], continuation: list[int]
+    ) -> tuple[list[float | bool], DecodeStats]:
         """Log-likelihood and greediness of `continuation`, every token of it predicted by a decode step."""
         continuation = continuation[-self.max_length :]
         context = context[-max(self.max_length + 1 - len(continuation), 1) :]
@@ -191,26 +203,26 @@ class PrhsLM(TemplateLM):  # type: ignore[misc]
                 ids = torch.tensor([context], device=self.loaded.model.device)
                 found.append(self.loaded.model(input_ids=ids).logits[0, -1:])
         if len(tokens) > prefill:
-            result = Scorer(self.loaded.model, tokens, prefill).run(
-                self.point.params, None, self.point.chooser
-            )
+            result = Scorer(self.loaded.model, tokens, prefill).run(point.params, None, point.chooser)
             found, stats = [*found, result.logits], result.stats
         logits = torch.cat(found).float()
         wanted = torch.tensor(continuation, device=logits.device)
         likelihood = logits.log_softmax(-1).gather(-1, wanted[:, None]).double().sum()
         return [float(likelihood), bool((logits.argmax(-1) == wanted).all())], stats
 
-    def _roll(self, text: str) -> tuple[float, DecodeStats]:
+    def _roll(self, point: Point, text: str) -> tuple[float, DecodeStats]:
         windows = get_rolling_token_windows(
             self.tok_encode(text, add_special_tokens=False), self.prefix_token_id, self.max_length, 1
         )
         total, stats = 0.0, DecodeStats()
         for window in windows:
-            (likelihood, _), part = self._score(*make_disjoint_window(window))
+            (likelihood, _), part = self._score(point, *make_disjoint_window(window))
             total, stats = total + likelihood, stats.merged(part)
         return total, stats
 
-    def _generate(self, context: str, settings: dict[str, Any], at: int) -> tuple[str, DecodeStats]:
+    def _generate(
+        self, point: Point, context: str, settings: dict[str, Any], seed: int
+    ) -> tuple[str, DecodeStats]:
         until = settings.get("until") or []
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
         limit = int(settings.get("max_gen_toks", settings.get("max_new_tokens", MAX_NEW_TOKENS)))
@@ -224,12 +236,12 @@ class PrhsLM(TemplateLM):  # type: ignore[misc]
         stream: Any = generate_tokens(
             self.loaded.model,
             [tokens],
-            self.point.params,
+            point.params,
             max_new_tokens=limit,
-            sampling=self._sampling(settings, at),
+            sampling=_sampling(settings, seed),
             stop_token_ids=self._stop_ids(),
             run=run,
-            selector=self.point.chooser,
+            selector=point.chooser,
             prompt_steps=min(1, len(tokens) - 1),
         )
         written: list[int] = []
@@ -242,18 +254,17 @@ class PrhsLM(TemplateLM):  # type: ignore[misc]
                     break
         return _before(text, stops), run.stats
 
-    def _sampling(self, settings: dict[str, Any], at: int) -> Sampling:
-        if not settings.get("do_sample", False):
-            return Sampling()
-        return Sampling(
-            float(settings.get("temperature", 1.0)), float(settings.get("top_p", 1.0)), self._seed + at
-        )
-
     def _stop_ids(self) -> list[int]:
         config: Any = self.loaded.model.generation_config
         ids = getattr(config, "eos_token_id", None)
         ids = [ids] if isinstance(ids, int) else list(ids or [])
         return sorted({*ids, self.eot_token_id})
+
+
+def _sampling(settings: dict[str, Any], seed: int) -> Sampling:
+    if not settings.get("do_sample", False):
+        return Sampling()
+    return Sampling(float(settings.get("temperature", 1.0)), float(settings.get("top_p", 1.0)), seed)
 
 
 def _before(text: str, stops: Sequence[str]) -> str:

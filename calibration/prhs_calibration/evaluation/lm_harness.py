@@ -7,6 +7,8 @@ objects. The harness is the extra `eval`; without it this module still imports.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import importlib.util
 import logging
 import os
@@ -22,6 +24,7 @@ import torch
 from prhs_calibration.evaluation import closed_loop, rows
 from prhs_calibration.evaluation.bootstrap import PairedBootstrap
 from prhs_calibration.evaluation.closed_loop import DENSE, Point, Steps
+from prhs_calibration.evaluation.matching import Match
 from prhs_calibration.evaluation.tasks import TASKS
 from prhs_calibration.files import one_line
 from prhs_kernels.errors import InputError, PrhsError, UsageError
@@ -40,6 +43,18 @@ Progress = Callable[[str, int, int], None]
 Run = tuple[Point, DecodeStats, dict[str, Any]]  # what the harness returned for a point, and what it cost
 
 
+@dataclasses.dataclass(frozen=True)
+class Benchmarks:
+    """Tasks of the harness with their data, and the manager that made them."""
+
+    tasks: tuple[Any, ...] = ()
+    manager: Any = None
+
+    @property
+    def names(self) -> list[str]:
+        return [str(task.task_name) for task in self.tasks]
+
+
 def require(names: Sequence[str]) -> None:
     """UsageError when there are tasks that are not built in and the harness is not installed."""
     if names and importlib.util.find_spec("lm_eval") is None:
@@ -53,45 +68,47 @@ def evaluate(
     loaded: LoadedModel,
     bundle: Bundle | None,
     plan: Plan,
-    tasks: Sequence[Any],
+    benchmarks: Benchmarks,
     store: Store,
     report: Progress,
 ) -> list[dict[str, Any]]:
-    """Rows of the tasks from `load`: every metric that the harness reports x every point of the plan.
+    """Rows of what `load` gave: every metric that the harness reports x every point of the plan.
 
     `plan.samples` is the harness's `limit` of documents per task; the dial of a budget is found per task, on
     contexts of its first documents. Answers are kept in `store` one by one.
 
     Raises:
-        InputError: the harness failed on a task; PrHS never reused a set on it.
+        InputError: the harness failed on a task; PrHS never reused a set on one.
     """
-    found: list[dict[str, Any]] = []
-    for task in tasks:
-        points = _points(loaded, bundle, plan, store, task)
-        runs = [_run(loaded, plan, store, task, point, report) for point in points]
-        found += _rows(task.task_name, runs, plan)
-    return found
+    from prhs_calibration.evaluation.harness_model import PrhsLM
+
+    if not benchmarks.tasks:
+        return []
+    runs: dict[str, list[Run]] = {name: [] for name in benchmarks.names}
+    for points in _points(loaded, bundle, plan, benchmarks, store, report):
+        model = PrhsLM(loaded, points, store=store, seed=plan.seed, report=report)
+        result = _simple_evaluate(model, benchmarks, plan.samples, plan.seed)
+        for name, point in points.items():
+            rows.check_reuse(point, model.stats[name], name)
+            runs[name].append((point, model.stats[name], result))
+    return [row for name, of_task in runs.items() for row in _rows(name, of_task, plan)]
 
 
-def load(loaded: LoadedModel, plan: Plan, report: Progress) -> list[Any]:
-    """Task objects of the harness for `plan.public`, with their data; the members of groups one by one.
+def load(loaded: LoadedModel, plan: Plan, report: Progress) -> Benchmarks:
+    """Tasks of the harness for `plan.public`, with their data; the members of groups one by one.
 
     Raises:
         UsageError: the extra is missing, or the harness has no such task.
         InputError: the data of a task cannot be had.
     """
     if not plan.public:
-        return []
+        return Benchmarks()
     require(plan.public)
-    from lm_eval.tasks import TaskManager
-
     if plan.task_path is not None and not Path(plan.task_path).is_dir():
         raise InputError(f"task path {plan.task_path} is not a folder; give the one with the YAML files")
-    # tasks that make their own data (RULER) size it with these
-    metadata = {"tokenizer": loaded.tokenizer.name_or_path, "max_seq_lengths": list(plan.lengths)}
     found: dict[str, Any] = {}
     with _muted():
-        manager = TaskManager(include_path=plan.task_path, metadata=metadata)
+        manager = _manager(loaded, plan)
         for done, name in enumerate(plan.public):
             report("loading benchmarks", done, len(plan.public))
             if name not in manager.all_tasks:
@@ -107,64 +124,80 @@ def load(loaded: LoadedModel, plan: Plan, report: Progress) -> list[Any]:
                     "go online once, or give a task file with local data by --task-path"
                 ) from error
     report("loading benchmarks", len(plan.public), len(plan.public))
-    return list(found.values())
+    return Benchmarks(tuple(found.values()), manager)
 
 
-def _points(loaded: LoadedModel, bundle: Bundle | None, plan: Plan, store: Store, task: Any) -> list[Point]:
-    """Points of one task; for PrHS at the dials that spend the budgets on contexts of this task."""
-    matches = []
-    if plan.needs_bundle and bundle is not None and plan.budgets:
-        matches = closed_loop.kept_matches(
-            store,
-            f"dials/{task.task_name}",
-            lambda: closed_loop.match_dials(
-                loaded.model, bundle, _contexts(loaded, plan, task), plan.budgets
-            ),
+def _manager(loaded: LoadedModel, plan: Plan) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    # tasks that make their own data (RULER) size it with these
+    metadata = {"tokenizer": loaded.tokenizer.name_or_path, "max_seq_lengths": list(plan.lengths)}
+    if plan.task_path is not None:  # reading the harness's own thousands of files takes seconds
+        manager = TaskManager(include_path=plan.task_path, include_defaults=False, metadata=metadata)
+        if set(plan.public) <= set(manager.all_tasks):
+            return manager
+    return TaskManager(include_path=plan.task_path, metadata=metadata)
+
+
+def _points(
+    loaded: LoadedModel,
+    bundle: Bundle | None,
+    plan: Plan,
+    benchmarks: Benchmarks,
+    store: Store,
+    report: Progress,
+) -> list[dict[str, Point]]:
+    """For every row of a table its point by task; for PrHS at the dial that spends the budget on the task."""
+    matching = plan.needs_bundle and bool(plan.budgets)
+    contexts: dict[str, list[Steps]] = {}
+    if matching and any(store.get(f"dials/{name}") is None for name in benchmarks.names):
+        contexts = _contexts(loaded, plan, benchmarks)
+
+    def match(name: str) -> list[Match]:
+        assert bundle is not None
+        return closed_loop.match_dials(loaded.model, bundle, contexts[name], plan.budgets)
+
+    found = []
+    for done, name in enumerate(benchmarks.names):
+        report("matching benchmarks", done, len(benchmarks.names))
+        matches = []
+        if matching:
+            matches = closed_loop.kept_matches(store, f"dials/{name}", functools.partial(match, name))
+        found.append(
+            closed_loop.points(loaded.model.config, bundle, plan.selectors, plan.budgets, matches, plan.delta)
         )
-    return closed_loop.points(loaded.model.config, bundle, plan.selectors, plan.budgets, matches, plan.delta)
+    report("matching benchmarks", len(found), len(found))
+    return [dict(zip(benchmarks.names, row, strict=True)) for row in zip(*found, strict=True)]
 
 
-def _contexts(loaded: LoadedModel, plan: Plan, task: Any) -> list[Steps]:
-    """Some contexts of a task, their last tokens as decode steps, or texts that are scored as a whole."""
+def _contexts(loaded: LoadedModel, plan: Plan, benchmarks: Benchmarks) -> dict[str, list[Steps]]:
+    """Some contexts of each task, their last tokens as decode steps, or texts that are scored as a whole."""
     from prhs_calibration.evaluation.harness_model import Recorder
 
     recorder = Recorder()
-    _simple_evaluate(recorder, task, MATCHING_CONTEXTS, plan.seed)
-    found = []
-    for text, whole in dict.fromkeys(
-        [(text, False) for text in recorder.contexts] + [(text, True) for text in recorder.texts]
-    ):
+    _simple_evaluate(recorder, benchmarks, MATCHING_CONTEXTS, plan.seed)
+    found: dict[str, list[Steps]] = {name: [] for name in benchmarks.names}
+    for name, text, whole in dict.fromkeys(recorder.seen):
         tokens = list(loaded.tokenizer(text, verbose=False).input_ids)[-loaded.context_length :]
-        if len(tokens) > 1:
+        if len(tokens) > 1 and len(found[name]) < MATCHING_CONTEXTS:
             prefill = 1 if whole else max(len(tokens) // 2, len(tokens) - MATCHING_STEPS)
-            found.append((tokens, prefill))
-    if not found:
-        raise InputError(f"task {task.task_name!r} has no context to match budgets on; use --delta instead")
-    return found[:MATCHING_CONTEXTS]
+            found[name].append((tokens, prefill))
+    empty = [name for name, prompts in found.items() if not prompts]
+    if empty:
+        raise InputError(f"task {empty[0]!r} has no context to match budgets on; use --delta instead")
+    return found
 
 
-def _run(loaded: LoadedModel, plan: Plan, store: Store, task: Any, point: Point, report: Progress) -> Run:
-    from prhs_calibration.evaluation.harness_model import PrhsLM
-
-    def told(done: int, total: int) -> None:
-        report(f"{task.task_name}, {point.name}", done, total)
-
-    name = f"items/{task.task_name}/{point.name}"
-    model = PrhsLM(loaded, point, store=store, name=name, seed=plan.seed, report=told)
-    result = _simple_evaluate(model, task, plan.samples, plan.seed)
-    rows.check_reuse(point, model.stats, task.task_name)
-    return point, model.stats, result
-
-
-def _simple_evaluate(model: Any, task: Any, limit: int, seed: int) -> dict[str, Any]:
-    """The harness's own loop over one task; its errors become one line."""
+def _simple_evaluate(model: Any, benchmarks: Benchmarks, limit: int, seed: int) -> dict[str, Any]:
+    """The harness's own loop; its errors become one line."""
     import lm_eval
 
     try:
         with _muted():
             result = lm_eval.simple_evaluate(
                 model=model,
-                tasks=[task],
+                tasks=list(benchmarks.tasks),
+                task_manager=benchmarks.manager,
                 limit=limit,
                 bootstrap_iters=0,  # the intervals are ours: paired
                 random_seed=seed,
@@ -176,7 +209,7 @@ def _simple_evaluate(model: Any, task: Any, limit: int, seed: int) -> dict[str, 
         raise
     except Exception as error:
         raise InputError(
-            f"lm-evaluation-harness failed on task {task.task_name!r}: "
+            f"lm-evaluation-harness failed on {', '.join(benchmarks.names)}: "
             f"{type(error).__name__}: {one_line(error)}"
         ) from error
     assert isinstance(result, dict)  # None comes on ranks other than the first
