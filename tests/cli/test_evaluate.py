@@ -219,3 +219,25 @@ def test_a_single_item_has_no_bars(result: Path) -> None:
 
     for axis in drawn(result, alone).axes:
         assert not axis.patches and not any(container.has_yerr for container in axis.containers)
+
+
+def test_commands_of_the_reproduction_page_are_ones_that_exist() -> None:
+    """Parsed, not run; `prhs bench` is said there not to exist yet."""
+    import typer
+
+    from prhs_calibration.evaluation.evaluate import Plan
+    from prhs_cli.app import app
+
+    from .conftest import ROOT
+
+    verbs: Any = getattr(typer.main.get_command(app), "commands")  # noqa: B009
+    lines = (ROOT / "docs" / "reproduce-paper.md").read_text("utf-8").splitlines()
+    found = [line.split()[1:] for line in lines if line.startswith("prhs ")]
+    assert len(found) >= 8
+    for verb, *arguments in found:
+        if verb == "bench":
+            assert verb not in verbs, "it exists: check its commands here too, and say so on the page"
+            continue
+        context = verbs[verb].make_context(verb, list(arguments))
+        if verb == "evaluate":
+            Plan((), (), samples=context.params["samples"])
