@@ -319,7 +319,10 @@ def test_tiny_model_end_to_end(window: int | None) -> None:
     result = compare(prompts, replay_of(model), family(model), 0.01, Settings(budgets=(0.25, 0.5)))
     json.dumps(result, allow_nan=False)
     assert len(result["cells"]) == 2 * len(SELECTORS) and result["num_steps"] == 60
-    assert [match["reached"] for match in result["matching"]] == [True, True]
+    for match in result["matching"]:
+        # under a window every step has the same few positions, so budgets come in whole ones
+        step = 0.0 if window is None else 1 / window
+        assert match["reached"] or abs(match["attended_fraction"] - match["budget"]) < step
     for entry in result["cells"]:
         assert entry["attended_fraction"] == pytest.approx(entry["budget"], rel=0.1)
         assert min(entry["by_layer"]["excess"]["mean"]) >= -1e-6
