@@ -88,10 +88,14 @@ def section(name: str) -> Iterator[Any]:
 
 
 def bandwidth() -> Any:
-    """Copying a buffer far larger than L2: bytes read and written."""
+    """Copying a buffer far larger than L2: bytes read and written.
+
+    By a kernel: as `copy_` inside a graph it measured 2.7 TB/s on an H200 on which attention read 4.5 TB/s.
+    """
     size = 2**30 if DEVICE == "cuda" else 2**20
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    return run_case("device", "copy", 2 * size, lambda: [lambda: target.copy_(source)])
+    source = torch.randn(size // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    return run_case("device", "copy", 2 * size, lambda: [lambda: torch.neg(source, out=target)])
 
 
 def child(*arguments: str, timeout: float) -> tuple[int, list[dict[str, Any]], str]:
