@@ -75,9 +75,7 @@ def test_the_stored_curve_is_what_the_parameters_lose(
     loaded: LoadedModel, outcome: CalibrationOutcome
 ) -> None:
     bundle = outcome.bundle
-    prompts = corpus.build(
-        loaded.tokenizer, count=PROMPTS, context_length=CONTEXT, seed=3, split="select"
-    )
+    prompts = corpus.build(loaded.tokenizer, count=PROMPTS, context_length=CONTEXT, seed=3, split="select")
     settings = [bundle.params(index) for index in range(len(bundle.dial))]
     again = closed_loop_losses(loaded.model, prompts, settings, lambda done, total: None)
     np.testing.assert_allclose(again, bundle.tensors["risk/loss"].numpy(), atol=1e-6)
@@ -94,7 +92,10 @@ def test_the_operating_point_is_the_one_risk_control_chooses(outcome: Calibratio
 
 def test_no_prompt_is_in_two_splits(loaded: LoadedModel) -> None:
     splits = [
-        {p.text_hash for p in corpus.build(loaded.tokenizer, count=12, context_length=CONTEXT, seed=3, split=s)}
+        {
+            p.text_hash
+            for p in corpus.build(loaded.tokenizer, count=12, context_length=CONTEXT, seed=3, split=s)
+        }
         for s in ("fit", "select", "verify")
     ]
     assert all(len(split) == 12 for split in splits)
