@@ -101,6 +101,13 @@ def list_models() -> list[KnownModel]:
     return known + [KnownModel(alias, model_id, is_on_disk(model_id)) for alias, model_id in ALIASES.items()]
 
 
+def model_card(name: str) -> str:
+    """Markdown text of an embedded model's card; InputError for any other name."""
+    if name not in EMBEDDED:
+        raise InputError(f"no card of {name!r}: only the embedded models have one ({', '.join(EMBEDDED)})")
+    return (reference_folder(name) / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device meant by an option; ResourceError when this machine lacks it."""
     if device is None or device == "auto":

@@ -1,4 +1,4 @@
-"""`prhs models`: names, what is on disk, and this user's bundles."""
+"""`prhs models`: names, what is on disk, model cards, and this user's bundles."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prhs_cli.output import Output, table
 EPILOG = """\b
 Examples:
   prhs models
+  prhs models --card reference-8k
   prhs models --remove llama-3-8b-1a2b3c4d-delta0.02"""
 
 
@@ -21,6 +22,14 @@ def command(
         str | None,
         typer.Option(metavar="BUNDLE", help="Delete this bundle of yours, by name.", show_default=False),
     ] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Show an embedded model's card: data, training, figures.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -28,6 +37,9 @@ def command(
     out = Output(as_json=as_json, quiet=quiet)
     from prhs_calibration import bundle_store, models
 
+    if card is not None:
+        text = models.model_card(card)
+        return out.result({"model": card, "card": text}, text)
     if remove is not None:
         path = bundle_store.remove(remove)
         return out.result({"removed": str(path)}, f"removed {path}")

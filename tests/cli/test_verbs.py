@@ -178,6 +178,14 @@ def test_plot_bound_and_risk(prhs: Prhs, workplace: Workplace, tmp_path: Path) -
         assert "<svg" in path.read_text("utf-8")
 
 
+def test_models_shows_the_cards_of_embedded_models(prhs: Prhs) -> None:
+    for name in ("reference", "reference-8k"):
+        card = prhs("models", "--card", name)
+        assert card.code == 0 and f"`{name}`" in card.out and "licence" in card.out.lower()
+    other = prhs("models", "--card", "llama-3-8b")
+    assert other.code == 3 and "reference-8k" in other.err
+
+
 def test_models_lists_and_removes_bundles(prhs: Prhs, workplace: Workplace, own_data_folder: Path) -> None:
     folder = own_data_folder / "bundles"
     folder.mkdir(parents=True)
