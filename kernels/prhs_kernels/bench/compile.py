@@ -24,7 +24,7 @@ import torch
 
 from prhs_kernels.errors import PrhsError, ResourceError
 from prhs_kernels.ops.backend import HEAD_DIMS, has_triton, interpreted
-from prhs_kernels.ops.decode_config import DecodeConfig, next_power_of_2, precision, tile
+from prhs_kernels.ops.decode_config import DecodeConfig, max_registers, next_power_of_2, precision, tile
 from prhs_kernels.ops.retrieve.config import scan_tile, select_config
 from prhs_kernels.ops.retrieve.state import chunk_size
 
@@ -105,6 +105,8 @@ def compile_case(case: Case) -> Usage:
     from triton.compiler import ASTSource
 
     kernel, constants, options = _KERNELS[case.kernel](case)
+    if case.kernel not in ("sparse_decode", "scan"):  # as they are launched
+        options["maxnreg"] = max_registers(options["num_warps"])
     names = kernel.arg_names
     source = ASTSource(
         kernel,
@@ -127,7 +129,7 @@ def compile_case(case: Case) -> Usage:
 _POINTERS = {
     "spans_ptr": "i32", "idx_ptr": "i32", "count_ptr": "i32", "budget_ptr": "i32", "gate_ptr": "i32",
     "block_ptr": "i32", "anchor_slot_ptr": "i32", "decision_ptr": "i32", "work_ptr": "i32",
-    "weights_ptr": "i32", "dilation_ptr": "i32", "lse_ptr": "fp32", "part_ptr": "fp32",
+    "weights_ptr": "i32", "words_ptr": "i32", "dilation_ptr": "i32", "lse_ptr": "fp32", "part_ptr": "fp32",
     "part_lse_ptr": "fp32", "tau_ptr": "fp32", "scores_ptr": "fp32", "chunk_max_ptr": "fp32",
     "chunk_sum_ptr": "fp32",
 }  # fmt: skip
@@ -228,8 +230,8 @@ def _select(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     from prhs_kernels.ops.retrieve.select.triton import select_kernel
 
     config = select_config(case.length)
-    constants = {"BLOCK": config.block, "SMALL": config.small, "RESIDENT": config.resident}
-    return select_kernel, constants, {"num_warps": config.num_warps}
+    sizes = {"BLOCK": config.block, "SMALL": config.small, "PACK": config.pack}
+    return select_kernel, {**sizes, "RESIDENT": config.resident}, {"num_warps": config.num_warps}
 
 
 _KERNELS: dict[str, Callable[[Case], tuple[Any, dict[str, Any], dict[str, int]]]] = {

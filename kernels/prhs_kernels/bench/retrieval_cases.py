@@ -174,9 +174,13 @@ def tuning_cases(inputs: Inputs) -> Iterator[Row]:
             yield row("scan", scan_call, ScanConfig(*tile, base.chunk, programs), kv_bytes // 2 * p.n)
     every.scratch.work[1] = p.rows  # what the scan hands on
     launch.weigh(p.num_kv_heads, inputs.spans, LOCAL, every.state, every.scratch, inputs.keys.device)
-    for block, small, warps in [(32768, 2048, 16), (32768, 4096, 16), (32768, 8192, 16), (32768, 4096, 32)]:
-        yield row("select", select_call, SelectConfig(block, small, True, warps), 4 * p.rows * p.n)
-    yield row("select", select_call, SelectConfig(8192, 2048, False, 16), 4 * p.rows * p.n)
+    for block, small, pack, warps in [
+        (32768, 2048, 8192, 16),
+        (32768, 2048, 4096, 16),
+        (8192, 2048, 8192, 16),
+    ]:
+        shape = SelectConfig(block, small, pack, block == 32768, warps)
+        yield row("select", select_call, shape, 4 * p.rows * p.n)
     for tile in [(64, 4, 3), (64, 4, 4), (128, 8, 3)]:
         for splits in (4, 6, 8, 16):
             yield row("dense", dense_call, DecodeConfig(*tile, splits), kv_bytes * p.n)

@@ -41,6 +41,15 @@ class DecodeConfig:
         }
 
 
+def max_registers(num_warps: int) -> int:
+    """Bound on the registers of a thread: three programs of four warps fit on an SM.
+
+    Without one the assembler may aim at an occupancy that shared memory rules out anyway, and put a few bytes
+    on the stack for it. The gather and the scan do not need it, and with it would use all of it.
+    """
+    return min(168, 65536 // (32 * num_warps))
+
+
 def precision(dtype: torch.dtype) -> str:
     """fp32 inputs are multiplied as fp32: TF32 would keep 10 bits of the mantissa."""
     return "ieee" if dtype == torch.float32 else "tf32"
@@ -49,7 +58,7 @@ def precision(dtype: torch.dtype) -> str:
 def tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """block_n, num_warps, num_stages: no spills, and three programs fit on an SM (compile.json)."""
     if dtype == torch.float32:
-        return 16, 4, 2
+        return 16, 8, 2
     return (32, 4, 3) if head_dim > 128 else (64, 4, 3)
 
 

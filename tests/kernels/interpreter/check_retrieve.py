@@ -80,6 +80,7 @@ def poisoned(keys: torch.Tensor) -> RetrievalScratch:
     for floats in (scratch.scores, scratch.chunk_max, scratch.chunk_sum):
         floats.fill_(torch.nan)
     scratch.weights.fill_(2**31 - 1)
+    scratch.words.fill_(-1)
     return scratch
 
 
@@ -161,9 +162,11 @@ def test_a_walk_of_steps(gate: int) -> None:
         spans = candidate_spans(used, padding, num_sinks=2, num_local=3, window_start=(used - padding) // 8)
         turned = query.clone()
         if step % 4 == 3:
-            turned[0, :GROUP, 0, 1] = 1.0  # 45 degrees, one KV head of one sequence
+            turned[0, 0, 0, 1] = 1.0  # 45 degrees, one query head of one KV head of one sequence
         drift = torch.randn(query.shape, generator=generator).to(DEVICE) * 1e-3
-        budget = torch.tensor([[12, 12], [9, 24]], dtype=torch.int32, device=DEVICE)
+        # once the budget covers everything in between: the set from before must not come back
+        first = 99 if step == 5 else 12
+        budget = torch.tensor([[first, 12], [9, 24]], dtype=torch.int32, device=DEVICE)
         # the scores follow `turned`; what the gate compares before RoPE is something else
         state = both(turned, keys, spans, budget, rules, state, scratch, query_pre=query + drift)
         seen.update(state.decision.flatten().tolist())

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from prhs_kernels.ops.decode_config import DecodeConfig
+from prhs_kernels.ops.decode_config import DecodeConfig, max_registers
 from prhs_kernels.ops.sparse_decode.triton import (
     LOG2_E,
     attend_tile,
@@ -119,5 +119,6 @@ def dense_decode(
         *values.stride()[:3],
         **config.constants(query, num_kv_heads),
         HAS_SPANS=spans is not None,
+        maxnreg=max_registers(config.num_warps),
     )
     return finish(part, lse, output, splits)

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from prhs_kernels.ops.decode_config import max_registers
+
 
 @triton.jit
 def merge_state_kernel(
@@ -61,5 +63,6 @@ def merge_state(output: torch.Tensor, lse: torch.Tensor, merged: torch.Tensor) -
         BLOCK_D=triton.next_power_of_2(head_dim),
         BLOCK_S=min(16, triton.next_power_of_2(splits)),
         num_warps=2,
+        maxnreg=max_registers(2),
     )
     return merged_lse

@@ -27,10 +27,12 @@ class ScanConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-    """block: positions per count; small: positions per step of the compaction; resident: one block a row."""
+    """block: positions per count; small: per step of the passes that are rare or short; pack: per step of
+    building the bit mask; resident: one block holds the row, in registers."""
 
     block: int
     small: int
+    pack: int
     resident: bool
     num_warps: int
 
@@ -38,7 +40,7 @@ class SelectConfig:
 def scan_tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """block_n, num_warps, num_stages without spills (compile.json)."""
     if dtype == torch.float32:
-        return 16, 4, 2
+        return 16, 8, 2
     return (32, 4, 4) if head_dim > 128 else (64, 4, 4)
 
 
@@ -62,4 +64,4 @@ def select_config(n: int) -> SelectConfig:
     if not resident:
         block = RESIDENT_LIMIT // 4
     num_warps = max(4, min(16, block // 512))
-    return SelectConfig(block, 128 * num_warps, resident, num_warps)
+    return SelectConfig(block, 128 * num_warps, min(block, 8192), resident, num_warps)

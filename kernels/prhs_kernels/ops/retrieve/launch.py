@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prhs_kernels.ops.decode_config import next_power_of_2, precision
+from prhs_kernels.ops.decode_config import max_registers, next_power_of_2, precision
 from prhs_kernels.ops.retrieve.config import (
     ScanConfig,
     SelectConfig,
@@ -68,6 +68,7 @@ def gate(
         BLOCK_D=next_power_of_2(head_dim),
         BLOCK=1024,
         num_warps=4,
+        maxnreg=max_registers(4),
     )
 
 
@@ -133,6 +134,7 @@ def weigh(
         GROUP=group,
         CHUNK=config.chunk,
         num_warps=4,
+        maxnreg=max_registers(4),
     )
 
 
@@ -148,16 +150,20 @@ def select(
         spans,
         scratch.work,
         scratch.weights,
+        scratch.words,
         budget,
         rule.dilation,
         state.indices,
         state.count,
         num_kv_heads,
         scratch.max_len,
+        scratch.words.shape[-1],
         state.indices.shape[-1],
         rule.num_local,
         BLOCK=config.block,
         SMALL=config.small,
+        PACK=config.pack,
         RESIDENT=config.resident,
         num_warps=config.num_warps,
+        maxnreg=max_registers(config.num_warps),
     )

@@ -10,6 +10,8 @@ import torch
 from prhs_kernels.errors import UsageError
 from prhs_kernels.params import TimeParams
 
+MAX_DILATION = 31  # neighbours on either side
+
 
 class Decision(enum.IntEnum):
     """What a KV head did in the last step."""
@@ -33,9 +35,15 @@ class RetrievalRule:
     def from_time(
         cls, time: TimeParams, layer: int, num_local: int, device: torch.device | str
     ) -> RetrievalRule:
-        """Parameters of a layer; raises `UsageError` without re-anchoring, which needs two sets per head."""
+        """Parameters of a layer.
+
+        Raises:
+            UsageError: no re-anchoring, which needs two sets per head, or more than 31 neighbours.
+        """
         if not time.reanchor:
             raise UsageError("reanchor = False is not available in the retrieve operator")
+        if int(time.dilation[layer].max()) > MAX_DILATION:
+            raise UsageError(f"dilation = {int(time.dilation[layer].max())} must be at most {MAX_DILATION}")
         return cls(
             gate=time.gate[layer].to(device, torch.int32),
             tau_cos=time.tau_cos[layer].to(device, torch.float32),
@@ -101,12 +109,14 @@ class RetrievalScratch:
 
     work: `[2 + rows]` int32: next free place of the list, its length for later stages, the list of rows.
     scores: `[rows, group, n]` fp32, base-2 logits; weights: `[rows, n]` int32, bits of the importance.
+    words: `[rows, 2, ceil(n / 32)]` int32, bit masks of the chosen positions and of those with neighbours.
     chunk_max, chunk_sum: `[rows, group, chunks]` fp32, running softmax of every chunk.
     """
 
     work: torch.Tensor
     scores: torch.Tensor
     weights: torch.Tensor
+    words: torch.Tensor
     chunk_max: torch.Tensor
     chunk_sum: torch.Tensor
 
@@ -124,6 +134,7 @@ class RetrievalScratch:
             work=torch.zeros(2 + rows, dtype=torch.int32, device=device),
             scores=floats(rows, group, n),
             weights=torch.empty(rows, n, dtype=torch.int32, device=device),
+            words=torch.empty(rows, 2, -(-n // 32), dtype=torch.int32, device=device),
             chunk_max=floats(rows, group, chunks),
             chunk_sum=floats(rows, group, chunks),
         )

@@ -2,7 +2,8 @@
 
 The k-th largest importance is found by bisection on its bits, for k and for the best third at once; a row of
 up to 32k positions stays in registers meanwhile. No sort and no histogram: at most 31 counts, and the search
-ends as soon as a count meets k, some ten counts before.
+ends as soon as a count meets k, some ten counts before. The set becomes a bit mask: neighbours are shifts,
+and the prefix sum runs over words.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -81,20 +82,74 @@ def narrow(low, high, at_low, at_high, middle, at_middle, wanted):
 
 
 @triton.jit
+def pack(mask, BLOCK: tl.constexpr):
+    """Bits of a mask, the first position lowest: `[BLOCK // 32]` int32."""
+    bits = mask.to(tl.int32) << (tl.arange(0, BLOCK) % 32)
+    return tl.sum(tl.reshape(bits, [BLOCK // 32, 32]), axis=1)
+
+
+@triton.jit
+def load_word(words_ptr, place, count):
+    """Words of a bit mask, 0 beyond its ends; unsigned, for shifts that fill with zeros."""
+    word = tl.load(words_ptr + place, mask=(place >= 0) & (place < count), other=0)
+    return word.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def count_bits(word):
+    """Set bits of each word, int32."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word = word + (word >> 8)
+    return ((word + (word >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def emit(chosen_ptr, seeds_ptr, out_ptr, size, window, radius, room, BLOCK: tl.constexpr):
+    """Write the slots of the chosen positions and of all within `radius` of a seed; returns how many."""
+    kept = 0 * size
+    count = tl.cdiv(size, 32)
+    for start in range(0, count, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        word = load_word(chosen_ptr, place, count)
+        seed = load_word(seeds_ptr, place, count)
+        before = load_word(seeds_ptr, place - 1, count)
+        after = load_word(seeds_ptr, place + 1, count)
+        for reach in range(1, radius + 1):
+            word = word | (seed << reach) | (before >> (32 - reach))
+            word = word | (seed >> reach) | (after << (32 - reach))
+        behind = tl.maximum(32 * place + 32 - size, 0)  # bits of the last word that are no position
+        inside = place < count
+        word = tl.where(inside, word & (0xFFFFFFFF >> tl.where(inside, behind, 0).to(tl.uint32)), 0)
+        found = count_bits(word)
+        rank = kept + tl.cumsum(found, axis=0) - found
+        for bit in tl.static_range(32):
+            here = ((word >> bit) & 1).to(tl.int32)
+            tl.store(out_ptr + rank, window + 32 * place + bit, mask=(here > 0) & (rank < room))
+            rank += here
+        kept += tl.sum(found, axis=0)
+    return kept
+
+
+@triton.jit
 def select_kernel(
     spans_ptr,  # [batch, 4]
     work_ptr,  # [2 + rows]
     weights_ptr,  # [rows, max_len]
+    words_ptr,  # [rows, 2, max_words], scratch
     budget_ptr,  # [rows]
     dilation_ptr,  # [num_kv_heads]
     idx_ptr,  # [rows, capacity]
     count_ptr,  # [rows]
     num_kv_heads,
     max_len,
+    max_words,
     capacity,
     num_local,
     BLOCK: tl.constexpr,
     SMALL: tl.constexpr,
+    PACK: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
     if tl.program_id(0) < tl.load(work_ptr + 1):
@@ -136,21 +191,18 @@ def select_kernel(
             tl.store(idx_ptr + place, first + place, mask=place < tl.minimum(sinks, capacity))
         local = end - window - size
         room = capacity - sinks - local  # the most recent positions are never the ones without room
-        kept = 0 * size
-        for start in range(0, size, SMALL):
-            place = start + tl.arange(0, SMALL)
+        chosen_ptr = words_ptr + row * 2 * max_words
+        seeds_ptr = chosen_ptr + max_words
+        for start in range(0, size, PACK):
+            place = start + tl.arange(0, PACK)
             key = tl.load(keys_ptr + place, mask=place < size, other=-1)
-            chosen = is_chosen(key, place, low, high, cutoff)
-            for reach in range(1, radius + 1):
-                left, right = place - reach, place + reach
-                before = tl.load(keys_ptr + left, mask=(left >= 0) & (left < size), other=-1)
-                after = tl.load(keys_ptr + right, mask=right < size, other=-1)
-                chosen = chosen | is_chosen(before, left, low_3, high_3, cutoff_3)
-                chosen = chosen | is_chosen(after, right, low_3, high_3, cutoff_3)
-            chosen = chosen & (place < size)
-            rank = kept + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-            tl.store(idx_ptr + sinks + rank, window + place, mask=chosen & (rank < room))
-            kept += tl.sum(chosen.to(tl.int32), axis=0)
+            at = start // 32 + tl.arange(0, PACK // 32)
+            chosen = pack(is_chosen(key, place, low, high, cutoff), PACK)
+            tl.store(chosen_ptr + at, chosen, mask=at < max_words)
+            seeds = pack(is_chosen(key, place, low_3, high_3, cutoff_3), PACK)
+            tl.store(seeds_ptr + at, seeds, mask=at < max_words)
+        tl.debug_barrier()  # every thread sees the words of the others
+        kept = emit(chosen_ptr, seeds_ptr, idx_ptr + sinks, size, window, radius, room, SMALL // 2)
         kept = tl.maximum(tl.minimum(kept, room), 0)
         for start in range(0, local, SMALL):
             place = start + tl.arange(0, SMALL)
