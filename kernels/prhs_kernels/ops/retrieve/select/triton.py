@@ -44,7 +44,9 @@ def is_chosen(key, place, low, high, cutoff):
 def count_two(keys_ptr, keys, size, one, two, BLOCK: tl.constexpr, RESIDENT: tl.constexpr):
     """How many keys are at least `one`, and at least `two`."""
     if RESIDENT:
-        return tl.sum((keys >= one).to(tl.int32), axis=0), tl.sum((keys >= two).to(tl.int32), axis=0)
+        # both counts in one word and one reduction: neither is above 32768
+        both = tl.sum(tl.where(keys >= one, 1, 0) + tl.where(keys >= two, 65536, 0), axis=0)
+        return both & 0xFFFF, (both >> 16) & 0xFFFF
     else:
         first = tl.zeros([BLOCK], tl.int32)
         second = tl.zeros([BLOCK], tl.int32)
