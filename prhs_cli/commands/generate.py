@@ -12,7 +12,6 @@ from prhs_cli.output import Output, interruptible, table
 
 if TYPE_CHECKING:
     from prhs_calibration.models import LoadedModel
-
     from prhs_kernels.params import SelectorParams
     from prhs_kernels.runtime.decode import Sampling
 
