@@ -90,11 +90,17 @@ class Runs:
     def __init__(
         self, out: Output, loaded: LoadedModel, text: str, raw: bool, max_new_tokens: int, sampling: Sampling
     ) -> None:
+        from prhs_calibration import memory
+
         self.out, self.loaded, self.sampling = out, loaded, sampling
         self.prompt = prompting.encode_prompt(loaded.tokenizer, text, raw=raw)
         self.limit = prompting.new_token_limit(len(self.prompt), max_new_tokens, loaded.context_length)
         if self.limit < max_new_tokens:
             out.note(f"at most {self.limit} new tokens fit the context of {loaded.context_length}")
+        needed = memory.run_bytes(loaded.model.config, len(self.prompt) + self.limit, loaded.model.dtype)
+        memory.check_memory(
+            needed, loaded.model.device, f"a context of {len(self.prompt) + self.limit} tokens"
+        )
         self.stops = prompting.stop_token_ids(loaded.model, loaded.tokenizer)
 
     def run(self, name: str, params: SelectorParams, *, titled: bool) -> dict[str, Any]:

@@ -178,6 +178,18 @@ def test_plot_bound_and_risk(prhs: Prhs, workplace: Workplace, tmp_path: Path) -
         assert "<svg" in path.read_text("utf-8")
 
 
+def test_generate_asks_for_memory_first(
+    prhs: Prhs, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prhs_calibration import models
+
+    loaded = models.load(str(workplace.model), device="cpu")
+    monkeypatch.setattr(models, "load", lambda *args, **kwargs: loaded)  # the weights already fit
+    monkeypatch.setattr("prhs_calibration.memory.available", lambda device: 1000)
+    done = prhs(*generation(workplace))
+    assert done.code == 4 and "not enough memory" in done.err and done.out == ""
+
+
 def test_models_shows_the_cards_of_embedded_models(prhs: Prhs) -> None:
     for name in ("reference", "reference-8k"):
         card = prhs("models", "--card", name)
