@@ -56,13 +56,19 @@ Model = Annotated[
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub model.", show_default=False)
 ]
+# named outright: typer before 0.29 takes a metavar that is the parameter's name in capitals for its name
 Device = Annotated[
-    str, typer.Option(metavar="DEVICE", help="`auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:1`.")
+    str,
+    typer.Option(
+        "--device", metavar="DEVICE", help="`auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:1`."
+    ),
 ]
 Dtype = Annotated[
     str,
     typer.Option(
-        metavar="DTYPE", help="`auto` (float32 on CPU, bfloat16 on CUDA), `float32`, `bfloat16` or `float16`."
+        "--dtype",
+        metavar="DTYPE",
+        help="`auto` (float32 on CPU, bfloat16 on CUDA), `float32`, `bfloat16` or `float16`.",
     ),
 ]
 Seed = Annotated[
