@@ -1,0 +1,111 @@
+"""Writing key copies on the GPU; rounding is the same as PyTorch's, bit by bit.
+
+Divisions are IEEE and rounding is done by adding and subtracting a large number, ties to even: the same on
+every architecture and in the interpreter, whose own conversion to e4m3 is not exact.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from prhs_kernels.ops.retrieve.key_copy import SMALLEST, KeyCopy, KeyCopyKind
+
+TINY = tl.constexpr(SMALLEST)
+
+
+@triton.jit
+def round_even(x):
+    """Nearest integer of |x| < 2**22, ties to even."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def to_e4m3(x):
+    """Bits of the nearest e4m3 number, ties to even, for |x| <= 448; uint8."""
+    size = tl.abs(x)
+    exponent = tl.maximum((size.to(tl.int32, bitcast=True) >> 23) - 127, -6)
+    # 1.5 * 2**(exponent + 20): its last bit is worth 2**(exponent - 3), the last bit of an e4m3 number
+    magic = (((exponent + 147) << 23) | 0x400000).to(tl.float32, bitcast=True)
+    size = (size + magic) - magic
+    normal = (size.to(tl.int32, bitcast=True) >> 20) - 960  # 8 * (127 - 7): the bias changes
+    code = tl.where(size < 0.015625, (size * 512.0).to(tl.int32), normal)
+    return (code | tl.where(x.to(tl.int32, bitcast=True) < 0, 128, 0)).to(tl.uint8)  # -0.0 has its sign too
+
+
+@triton.jit
+def codes_of(keys, scale, LARGEST: tl.constexpr):
+    """`keys / scale`, not yet rounded; zeros where the scale is 0."""
+    used = scale > 0.0
+    ratio = tl.div_rn(keys, tl.broadcast_to(tl.where(used, scale, 1.0)[:, None], keys.shape))
+    return tl.minimum(tl.maximum(tl.where(used[:, None], ratio, 0.0), -LARGEST), LARGEST)
+
+
+@triton.jit
+def quantise_kernel(
+    k_ptr,  # [batch, num_kv_heads, steps, HEAD_DIM]
+    slots_ptr,  # [batch]
+    data_ptr,  # [batch, num_kv_heads, n, WIDTH], uint8
+    row_scale_ptr,  # [batch, num_kv_heads, n], fp32
+    num_kv_heads,
+    steps,
+    n,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    WIDTH: tl.constexpr,  # bytes of a key
+    BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KIND: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    batch, head = row // num_kv_heads, row % num_kv_heads
+    step = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    slot = tl.load(slots_ptr + batch).to(tl.int64) + step
+    valid = (step < steps) & (slot >= 0) & (slot < n)
+    offs = tl.arange(0, BLOCK_W)
+    inside = valid[:, None] & (offs[None, :] < WIDTH)
+    ptrs = k_ptr + batch * stride_kb + head * stride_kh + step.to(tl.int64)[:, None] * stride_kn
+    low = tl.load(ptrs + offs[None, :], mask=inside, other=0.0).to(tl.float32)
+    amax = tl.max(tl.abs(low), axis=1)
+    if KIND == "int4":
+        high = tl.load(ptrs + WIDTH + offs[None, :], mask=inside, other=0.0).to(tl.float32)
+        amax = tl.maximum(amax, tl.max(tl.abs(high), axis=1))
+    scale = tl.where(amax >= TINY, tl.div_rn(amax, tl.full([BLOCK_N], LARGEST, tl.float32)), 0.0)
+    ratio = codes_of(low, scale, LARGEST)
+    if KIND == "fp8":
+        code = to_e4m3(ratio)
+    elif KIND == "int8":
+        code = round_even(ratio).to(tl.int32).to(tl.uint8)
+    else:
+        upper = round_even(codes_of(high, scale, LARGEST)).to(tl.int32)
+        code = ((round_even(ratio).to(tl.int32) & 15) | ((upper & 15) << 4)).to(tl.uint8)
+    tl.store(data_ptr + (row * n + slot)[:, None] * WIDTH + offs[None, :], code, mask=inside)
+    tl.store(row_scale_ptr + row * n + slot, scale, mask=valid)
+
+
+def write_key_copy(keys: torch.Tensor, slots: torch.Tensor, copy: KeyCopy) -> None:
+    """Arguments as in `KeyCopy.write`, already checked."""
+    batch, num_kv_heads, n, width = copy.data.shape
+    steps = keys.shape[2]
+    block_n = min(16, triton.next_power_of_2(max(steps, 1)))
+    quantise_kernel[(batch * num_kv_heads, triton.cdiv(steps, block_n))](
+        keys,
+        slots,
+        copy.data.view(torch.uint8),
+        copy.scale,
+        num_kv_heads,
+        steps,
+        n,
+        *keys.stride()[:3],
+        WIDTH=width,
+        BLOCK_W=triton.next_power_of_2(width),
+        BLOCK_N=block_n,
+        KIND=KeyCopyKind(copy.kind).value,
+        LARGEST=copy.kind.largest,
+        num_warps=4 if block_n > 1 else 1,
+    )
