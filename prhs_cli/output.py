@@ -39,6 +39,10 @@ class Output:
         for part in parts:
             console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
 
+    def line(self, data: Mapping[str, Any], *texts: str) -> None:
+        """One of several results: `data` on one line with `--json`, else `texts` one below the other."""
+        print(to_json(data, indent=None) if self.as_json else "\n".join(texts), flush=True)
+
     def text(self, piece: str) -> None:
         """A piece of streamed text, as it comes; nothing with `--json`."""
         if not self.as_json:

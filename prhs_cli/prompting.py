@@ -1,46 +1,42 @@
-"""Prompt files into token ids, and token ids back into text as they come."""
+"""Prompts into token ids, and token ids back into text as they come."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+from prhs_cli.prompt_files import Prompt
 from prhs_kernels.errors import InputError
 
 
-def read_prompt(source: str) -> str:
-    """Text of the file `source`, or of standard input for `-`; InputError unless it is UTF-8, not empty."""
-    name = "standard input" if source == "-" else f"prompt file {source}"
+def encode_prompt(tokenizer: Any, prompt: Prompt, *, raw: bool) -> list[int]:
+    """Token ids of the prompt: through the chat template when the tokenizer has one, unless `raw`.
+
+    Raises InputError for messages without a template, or messages that the template refuses.
+    """
+    template = None if raw else getattr(tokenizer, "chat_template", None)
+    if not template and prompt.text is not None:
+        return list(tokenizer(prompt.text)["input_ids"])
+    if not template:
+        reason = "--raw was given" if raw else "this model's tokenizer has none"
+        raise InputError(
+            f'{prompt.where} has "messages", which need a chat template, and {reason}; give "prompt"'
+        )
+    messages = prompt.messages or [{"role": "user", "content": prompt.text}]
     try:
-        raw = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        reason = (error.strerror or "unknown reason").lower()
-        raise InputError(f"cannot read {name}: {reason}; check the path") from None
-    if not text.strip():
-        raise InputError(f"{name} is empty; put the text to continue into it")
-    return text
-
-
-def encode_prompt(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
-    """Token ids of the prompt: through the chat template when the tokenizer has one, unless `raw`."""
-    if raw or not getattr(tokenizer, "chat_template", None):
-        return list(tokenizer(text)["input_ids"])
-    message = [{"role": "user", "content": text}]
-    rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates raise what they like
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the chat template refuses {prompt.where}: {reason}") from error
     # the template writes the special tokens itself
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
-def new_token_limit(prompt_tokens: int, asked: int, context_length: int) -> int:
+def new_token_limit(prompt_tokens: int, asked: int, context_length: int, where: str = "the prompt") -> int:
     """How many tokens may follow; InputError when the prompt alone does not fit the model's context."""
     if prompt_tokens >= context_length:
         raise InputError(
-            f"the prompt has {prompt_tokens} tokens and the model a context of {context_length}; "
-            f"shorten the prompt to at most {context_length - 1} or choose a model with a longer context"
+            f"{where} has {prompt_tokens} tokens and the model a context of {context_length}; "
+            f"shorten it to at most {context_length - 1} or choose a model with a longer context"
         )
     return min(asked, context_length - prompt_tokens)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import pathlib
+from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedConfig
@@ -37,18 +40,90 @@ def check_memory(needed: int, device: torch.device, what: str) -> None:
         )
 
 
-def run_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype, steps: int = 1) -> int:
-    """Bytes that a pass over `tokens` needs beyond the weights: KV cache, one layer's activations, score
-    rows.
+def run_bytes(
+    config: PreTrainedConfig,
+    tokens: int,
+    dtype: torch.dtype,
+    steps: int = 1,
+    *,
+    batch: int = 1,
+    ranks: int = 1,
+) -> int:
+    """Bytes that a pass over `batch` sequences of `tokens` needs beyond the weights: KV cache, one layer's
+    activations, score rows.
 
     `steps` decode steps are scored at a time (1 when generating). Five fp32 tables of one layer's rows cover
-    scores, dense and sparse attention and what statistics keep of them.
+    scores, dense and sparse attention and what statistics keep of them. With tensor parallelism over `ranks`
+    it is what one of them needs.
     """
     shape = dense_params(config)
-    cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * tokens
-    widths = 3 * config.intermediate_size + 4 * config.hidden_size + 3 * shape.num_qo_heads * shape.head_dim
-    rows = 5 * shape.num_qo_heads * steps * tokens + 2 * steps * config.vocab_size
-    return int(dtype.itemsize * (cache + widths * tokens) + 4 * rows)
+    cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * tokens // ranks
+    split = 3 * config.intermediate_size + 3 * shape.num_qo_heads * shape.head_dim
+    widths = split // ranks + 4 * config.hidden_size
+    rows = 5 * shape.num_qo_heads * steps * tokens // ranks + 2 * steps * config.vocab_size
+    return batch * int(dtype.itemsize * (cache + widths * tokens) + 4 * rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What a run of `batch` sequences of `tokens` needs beside the weights of a loaded model, and what fits.
+
+    The sizes are those of `run_bytes`.
+    """
+
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    device: torch.device
+    ranks: int = 1
+
+    def batch(self, tokens: int) -> int:
+        """How many sequences of `tokens` fit together now; 0 when not even one does."""
+        return available(self.device) // max(self._bytes(tokens, 1), 1)
+
+    def tokens(self) -> int:
+        """The longest single sequence that fits now, prompt and new tokens together."""
+        fixed = self._bytes(0, 1)
+        per_token = (self._bytes(2**20, 1) - fixed) / 2**20
+        return max(0, int((available(self.device) - fixed) / per_token))
+
+    def check(self, tokens: int, batch: int) -> None:
+        """ResourceError with what is needed, what there is and what fits."""
+        needed, free = self._bytes(tokens, batch), available(self.device)
+        if needed > free:
+            raise ResourceError(
+                f"not enough memory on {self.device} for {_sequences(batch, tokens)}: {needed / GIB:.1f} GiB "
+                f"needed, {free / GIB:.1f} GiB available; {self._remedy(tokens, batch)}"
+            )
+
+    @contextlib.contextmanager
+    def explained(self, tokens: int, batch: int) -> Iterator[None]:
+        """Turn an allocation that failed all the same into a ResourceError that says what may fit."""
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            needed, free = self._bytes(tokens, batch), available(self.device)
+            raise ResourceError(
+                f"out of memory on {self.device} with {_sequences(batch, tokens)}: about {needed / GIB:.1f} "
+                f"GiB expected beside the weights, {free / GIB:.1f} GiB free when it failed; "
+                f"{self._remedy(tokens, batch, failed=True)}"
+            ) from error
+
+    def _remedy(self, tokens: int, batch: int, failed: bool = False) -> str:
+        if batch > 1 and (fits := batch // 2 if failed else self.batch(tokens)):
+            return f"--batch-size {fits} {'may fit' if failed else 'fits'}"
+        longest = tokens // 2 if failed else self.tokens()
+        verb = "may fit" if failed else "fit"
+        return (
+            f"prompt and new tokens {verb} up to {longest} tokens together; shorten them, or choose a "
+            "smaller model, another device or bf16"
+        )
+
+    def _bytes(self, tokens: int, batch: int) -> int:
+        return run_bytes(self.config, tokens, self.dtype, batch=batch, ranks=self.ranks)
+
+
+def _sequences(batch: int, tokens: int) -> str:
+    return f"a context of {tokens} tokens" if batch == 1 else f"{batch} sequences of {tokens} tokens"
 
 
 def _host_available() -> int:

@@ -107,9 +107,12 @@ def write_result(path: Path, kind: str, conditions: Mapping[str, Any], data: Map
     atomic_write(path, (to_json(envelope(kind, conditions, data)) + "\n").encode())
 
 
-def to_json(data: Mapping[str, Any]) -> str:
-    """Strict JSON: NaN and infinities become null ("not measured"), paths text, array scalars numbers."""
-    return json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False)
+def to_json(data: Mapping[str, Any], *, indent: int | None = 1) -> str:
+    """Strict JSON: NaN and infinities become null ("not measured"), paths text, array scalars numbers.
+
+    `indent=None` is one line.
+    """
+    return json.dumps(_plain(data), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def read_result(path: Path, *, kind: str | None = None) -> dict[str, Any]:

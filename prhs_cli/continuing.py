@@ -1,0 +1,281 @@
+"""Continuing prompts: one as a stream, many in batches whose answers are kept as they finish."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prhs_calibration.results import to_json
+from prhs_cli import prompting
+from prhs_cli.answers import AnswerFile, Screen
+from prhs_cli.errors import Interrupted
+from prhs_cli.loading import Source
+from prhs_cli.output import Output
+from prhs_cli.prompt_files import Prompt
+from prhs_kernels.errors import PrhsError
+
+if TYPE_CHECKING:
+    from prhs_calibration.memory import Room
+    from prhs_calibration.models import LoadedModel
+    from prhs_kernels.params import SelectorParams
+    from prhs_kernels.runtime.batches import Request
+    from prhs_kernels.runtime.decode import Generation, Sampling
+
+
+@dataclasses.dataclass
+class Job:
+    """A loaded model and what all its prompts have in common.
+
+    variants: "sparse" and its parameters, and "dense" when it is compared. facts: what a report names.
+    settings: more arguments of `generate_tokens`. runs, lengths: per variant, what each batch recorded and
+    how many tokens each of its sequences got.
+    """
+
+    out: Output
+    loaded: LoadedModel
+    variants: Mapping[str, SelectorParams]
+    facts: Mapping[str, Any]
+    sampling: Sampling
+    settings: Mapping[str, Any]
+    stops: tuple[int, ...]
+    room: Room
+    runs: dict[str, list[Generation]] = dataclasses.field(default_factory=dict)
+    lengths: dict[str, list[list[int]]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def prepare(
+        cls,
+        out: Output,
+        source: Source,
+        delta: float | None,
+        sampling: Sampling,
+        *,
+        dense: bool,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """Load model and bundle, the bundle at its own operating point or at that of `delta`."""
+        from prhs_calibration.memory import Room
+        from prhs_kernels.runtime.attach import dense_params
+
+        loaded, bundle = source.open(out)
+        config = loaded.model.config
+        dial = bundle.metadata.dial_index if delta is None else bundle.dial_for(delta)
+        facts = {
+            "model": loaded.model_id,
+            "bundle": str(bundle.path),
+            "delta": bundle.metadata.delta if delta is None else delta,
+            "lambda": float(bundle.dial[dial]),
+        }
+        variants = {"sparse": bundle.params(dial)} | ({"dense": dense_params(config)} if dense else {})
+        stops = prompting.stop_token_ids(loaded.model, loaded.tokenizer)
+        room = Room(config, loaded.dtype, loaded.device)
+        return cls(out, loaded, variants, facts, sampling, settings or {}, stops, room)
+
+    def requests(self, prompts: Sequence[Prompt], raw: bool, asked: int) -> list[Request]:
+        """Token ids and limit of every prompt; notes what the context cuts."""
+        from prhs_kernels.runtime.batches import Request
+
+        context, requests, cut = self.loaded.context_length, [], []
+        for prompt in prompts:
+            tokens = prompting.encode_prompt(self.loaded.tokenizer, prompt, raw=raw)
+            wanted = prompt.max_new_tokens or asked
+            limit = prompting.new_token_limit(len(tokens), wanted, context, prompt.where)
+            cut += [(limit, prompt.where)] * (limit < wanted)
+            requests.append(Request(tokens, limit))
+        if cut:
+            limit, where = min(cut)
+            others = f" (and {len(cut) - 1} other prompts are cut)" if len(cut) > 1 else ""
+            self.out.note(f"at most {limit} new tokens of {where} fit the context of {context}{others}")
+        return requests
+
+    def steps(
+        self, variant: str, requests: Sequence[Request], made: list[list[int]], seed: int = 0
+    ) -> Iterator[list[int | None]]:
+        """Run one batch and yield every step's tokens, `made` growing by them; records the run at its end."""
+        from prhs_kernels.runtime.batches import generate_batch
+        from prhs_kernels.runtime.decode import Generation
+
+        run = Generation()
+        sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + seed)
+        made += [[] for _ in requests]
+        with self.room.explained(_width(requests), len(requests)):
+            for tokens in generate_batch(
+                self.loaded.model,
+                requests,
+                self.variants[variant],
+                run=run,
+                sampling=sampling,
+                stop_token_ids=self.stops,
+                **self.settings,
+            ):
+                for row, token in zip(made, tokens, strict=True):
+                    row += [] if token is None else [token]
+                yield tokens
+        self.runs.setdefault(variant, []).append(run)
+        self.lengths.setdefault(variant, []).append([len(row) for row in made])
+
+    def conditions(self) -> dict[str, Any]:
+        """What an answer depends on beside its prompt and its limit."""
+        from prhs_calibration.fingerprint import hash_files
+
+        return {
+            "weights": self.loaded.weights_hash,
+            "bundle": hash_files([Path(self.facts["bundle"])]),
+            "lambda": self.facts["lambda"],
+            "dtype": str(self.loaded.dtype),
+            "sampling": dataclasses.asdict(self.sampling),
+            "variants": list(self.variants),
+            **self.settings,
+        }
+
+    def ended(self, request: Request, made: Sequence[int]) -> str | None:
+        """Why a sequence ended: "stop", "length", or None while it goes on."""
+        if made and made[-1] in self.stops:
+            return "stop"
+        return "length" if len(made) >= request.max_new_tokens else None
+
+    def answer(self, request: Request, made: Sequence[int]) -> dict[str, Any]:
+        """What one variant wrote."""
+        text = self.loaded.tokenizer.decode(list(made), skip_special_tokens=True)
+        return {"text": str(text), "tokens": list(made), "finish": self.ended(request, made)}
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Counts, speed and budgets of everything that ran, per variant."""
+        from prhs_kernels.runtime.batches import summarize
+
+        return {name: summarize(self.runs[name], self.lengths[name]) for name in self.runs}
+
+
+def stream(job: Job, request: Request) -> dict[str, Any]:
+    """Continue one prompt with every variant, its text on the screen as it comes."""
+    job.room.check(_width([request]), 1)
+    out, data = job.out, {}
+    for name in job.variants:
+        if len(job.variants) > 1:
+            out.text(f"--- {name} ---\n")
+        words = prompting.Detokenizer(job.loaded.tokenizer)
+        made: list[list[int]] = []
+        for (token,) in job.steps(name, [request], made):
+            assert token is not None  # a single prompt ends the loop when it ends
+            out.text(words.add(token))
+        out.text(words.finish() + "\n")
+        data[name] = job.answer(request, made[0])
+    return {**data, **agreement(data)}
+
+
+def answer_all(
+    job: Job,
+    prompts: Sequence[Prompt],
+    requests: Sequence[Request],
+    batch_size: int | None,
+    file: AnswerFile | None,
+) -> list[dict[str, Any]]:
+    """Continue many prompts in batches; returns the new answers, in the order of the prompts.
+
+    Those that `file` holds are skipped; it is refused when they were made otherwise.
+    """
+    out, common = job.out, job.conditions()
+    names = [prompt.id for prompt in prompts]
+    marks = [_mark(request, common) for request in requests]
+    done = set() if file is None else file.finished(dict(zip(names, marks, strict=True)))
+    if done:
+        out.note(f"{len(done)} of {len(prompts)} prompts are already in {file.path}")  # type: ignore[union-attr]
+    todo = [index for index, name in enumerate(names) if name not in done]
+    pending = [requests[index] for index in todo]
+    sink: AnswerFile | Screen = file or Screen(out, names)
+    made: dict[int, dict[str, Any]] = {}
+
+    def keep(position: int, data: dict[str, Any]) -> None:
+        index = todo[position]
+        request = requests[index]
+        facts = {"id": names[index], "request": marks[index], "prompt_tokens": len(request.tokens)}
+        made[index] = {**facts, **data, **agreement(data)}
+        sink.add(made[index])
+
+    try:
+        with out.progress() as progress:
+            _run_batches(job, pending, _batch_size(job, pending, batch_size), keep, progress)
+    except (KeyboardInterrupt, PrhsError) as error:
+        if isinstance(sink, Screen):
+            sink.flush()
+        kept = _kept(len(made) + len(done), len(prompts), file)
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"interrupted: {kept}") from None
+        raise type(error)(f"{error}; {kept}" if made else str(error)) from error
+    if file is not None:
+        file.sort(names)
+    return [made[index] for index in sorted(made)]
+
+
+def agreement(data: Mapping[str, Any]) -> dict[str, int]:
+    """How many first tokens sparse and dense have in common, when both ran."""
+    if "dense" not in data:
+        return {}
+    first, second = data["sparse"]["tokens"], data["dense"]["tokens"]
+    pairs = zip(first, second, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+    return {"same_tokens": same}
+
+
+def _run_batches(
+    job: Job,
+    requests: Sequence[Request],
+    batch_size: int,
+    keep: Callable[[int, dict[str, Any]], None],
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Every batch with every variant; `keep(index, data)` as soon as a prompt has ended in all of them."""
+    from prhs_kernels.runtime.batches import plan_batches
+
+    *earlier, last = job.variants
+    total = sum(request.max_new_tokens for request in requests) * len(job.variants)
+    done = 0
+    for batch in plan_batches(requests, batch_size) if requests else []:
+        part = [requests[index] for index in batch]
+        before: dict[str, list[list[int]]] = {name: [] for name in job.variants}
+        open_rows = set(range(len(batch)))
+        for name in (*earlier, last):
+            for tokens in job.steps(name, part, before[name], seed=min(batch)):
+                done += sum(token is not None for token in tokens)
+                progress("tokens", done, total)
+                if name != last:
+                    continue
+                for row in [row for row in open_rows if job.ended(part[row], before[last][row])]:
+                    open_rows.remove(row)
+                    keep(batch[row], {n: job.answer(part[row], before[n][row]) for n in job.variants})
+            done += sum(r.max_new_tokens - len(m) for r, m in zip(part, before[name], strict=True))
+            progress("tokens", done, total)
+
+
+DEFAULT_BATCH = 32  # more together would delay the first answers, and an interrupt would cost more
+
+
+def _batch_size(job: Job, requests: Sequence[Request], asked: int | None) -> int:
+    """The asked number of sequences, or what fits; ResourceError when it does not fit."""
+    if not requests:
+        return 1
+    width = _width(requests)
+    size = min(len(requests), asked or max(1, min(DEFAULT_BATCH, job.room.batch(width))))
+    job.room.check(width, size)
+    return size
+
+
+def _width(requests: Sequence[Request]) -> int:
+    """Cache slots of a batch of these: the longest prompt, and the most new tokens."""
+    return max(len(r.tokens) for r in requests) + max(r.max_new_tokens for r in requests)
+
+
+def _mark(request: Request, common: Mapping[str, Any]) -> str:
+    """What identifies a prompt and everything its answer depends on."""
+    content = {"tokens": request.tokens, "max_new_tokens": request.max_new_tokens, **common}
+    return hashlib.sha256(to_json(content, indent=None).encode()).hexdigest()[:16]
+
+
+def _kept(finished: int, total: int, file: AnswerFile | None) -> str:
+    if not finished:
+        return "no prompt was finished"
+    where = "printed above" if file is None else f"in {file.path}, and the same command continues there"
+    return f"{finished} of {total} prompts are finished and {where}"
