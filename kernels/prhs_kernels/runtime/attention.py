@@ -99,7 +99,7 @@ def _count_dense(cache: PrhsCache, steps: int, key: torch.Tensor, sliding_window
     seen = (last[None, :] - cache.forward.padding[:, None]).clamp(min=0)
     if sliding_window is not None:
         seen = seen.clamp(max=sliding_window)
-    cache.stats.add_dense(seen, key.shape[1])
+    cache.stats.add_dense(seen if cache.alive is None else seen[cache.alive], key.shape[1])
 
 
 def _prefill(
@@ -227,7 +227,12 @@ def _own_sets(
     else:
         kept = allowed[:, None].expand(-1, params.num_kv_heads, -1, -1)
         retrieved = contested = torch.zeros(kept.shape[:3], dtype=torch.bool, device=kept.device)
-    cache.stats.add(kept, rows.visible(), allowed, selection, params.group_size)
+    counted = (kept, rows.visible(), allowed, selection)
+    if cache.alive is not None:
+        kept_alive, visible, candidates_alive = (table[cache.alive] for table in counted[:3])
+        selection = selection and selection.rows(cache.alive)
+        counted = (kept_alive, visible, candidates_alive, selection)
+    cache.stats.add(*counted, params.group_size)
     return kept, retrieved, contested
 
 

@@ -107,6 +107,7 @@ class PrhsCache(Cache):  # type: ignore[misc]
         self.params = params
         self.selector: StepSelector | None = None  # decides in decode steps instead of the axes of `params`
         self.stats = DecodeStats()
+        self.alive: torch.Tensor | None = None  # [batch] bool, sequences that still count; None for all
         self.forward: Forward | None = None
         self.treat_as_decode = False  # scoring: a run of given tokens counts as decode steps
         self.prefill_dropped: dict[int, torch.Tensor] = {}  # layer -> [num_qo_heads], on sampled prompt rows

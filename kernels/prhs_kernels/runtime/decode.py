@@ -1,4 +1,4 @@
-"""The decode loop: prefill once, then one token at a time through a sparse cache, streaming."""
+"""Decode loops: prefill once, then one token at a time through a sparse cache, streaming."""
 
 from __future__ import annotations
 
@@ -10,45 +10,14 @@ import torch
 from transformers import PreTrainedModel
 
 from prhs_kernels.errors import UsageError
+from prhs_kernels.ops.backend import Backend, use_triton
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import sparse_attention
 from prhs_kernels.runtime.cache import PrhsCache
+from prhs_kernels.runtime.engine import Attention, DecodeEngine, Mode, engine_unsupported
+from prhs_kernels.runtime.sampling import Sampler, Sampling
 from prhs_kernels.runtime.stats import DecodeStats
 from prhs_kernels.selectors.base import StepSelector
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn: greedy at temperature 0, else nucleus sampling with a fixed seed."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"temperature = {self.temperature} must be >= 0 (0 is greedy)")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p = {self.top_p} must be in (0, 1]")
-
-
-class Sampler:
-    """Draws tokens from `[batch, vocabulary]` logits, on the CPU: a seed means the same on every device."""
-
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
-        self._generator = torch.Generator().manual_seed(sampling.seed)
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Next token ids `[batch]` int64."""
-        if self._sampling.temperature == 0:
-            return logits.argmax(dim=-1)
-        probs = (logits.float() / self._sampling.temperature).softmax(dim=-1).cpu()
-        ordered, order = probs.sort(dim=-1, descending=True)
-        # keep the smallest set that reaches top_p: a token stays if what came before it has not reached it
-        ordered[ordered.cumsum(dim=-1) - ordered >= self._sampling.top_p] = 0.0
-        drawn = torch.multinomial(ordered, 1, generator=self._generator)
-        return order.gather(-1, drawn).squeeze(-1).to(logits.device)
 
 
 @dataclasses.dataclass
@@ -61,7 +30,10 @@ class Generation:
     decode_seconds: float = 0.0
     kv_bytes_resident: int = 0
     kv_bytes_resident_dense: int = 0
-    mode: str = "audited"  # nothing is released; see docs/notation.md
+    mode: Mode = "audited"  # or `released`; see docs/notation.md
+    backend: str = "reference"  # what ran: `reference` or `triton`
+    attention: Attention = "sparse"
+    notes: list[str] = dataclasses.field(default_factory=list)  # what the user should hear, once
     stats: DecodeStats = dataclasses.field(default_factory=DecodeStats)
 
     @property
@@ -81,6 +53,8 @@ class Generation:
             "kv_bytes_resident": self.kv_bytes_resident,
             "kv_bytes_resident_dense": self.kv_bytes_resident_dense,
             "mode": self.mode,
+            "backend": self.backend,
+            "attention": self.attention,
         }
 
 
@@ -94,7 +68,21 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch
     return torch.tensor(ids), torch.tensor(mask)
 
 
-@torch.inference_mode()  # as a decorator it is off while the caller holds the token; a `with` would leak
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Request:
+    """What to continue and how; ids and mask `[batch, longest]` on the model's device."""
+
+    model: PreTrainedModel
+    params: SelectorParams
+    ids: torch.Tensor
+    mask: torch.Tensor
+    prompt_steps: int
+    max_new_tokens: int
+    sampling: Sampling
+    stop_token_ids: tuple[int, ...]
+    run: Generation
+
+
 def generate_tokens(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -107,38 +95,145 @@ def generate_tokens(
     run: Generation | None = None,
     selector: StepSelector | None = None,
     prompt_steps: int = 0,
+    backend: Backend = "auto",
+    mode: Mode = "audited",
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every prompt, one decode step at a time.
 
     Args:
         prompts: token ids of each sequence; different lengths are padded on the left.
         params: the selectors; `dense_params(model.config)` for dense attention.
-        stop_token_ids: a sequence that produced one of them yields None from then on.
+        stop_token_ids: a sequence that produced one of them yields None from then on, and no longer counts.
         run: filled with counts and times while the iterator is consumed.
         selector: another method in the place of the axes of `params`, for a single prompt.
         prompt_steps: that many last tokens of every prompt are fed as decode steps, one at a time, so that
             the first new token too comes from one.
+        backend: `auto` takes the decode engine with its kernels on CUDA where it can run this, the reference
+            loop elsewhere; what ran, and why not the engine, is in `run`.
+        mode: `released` frees what the windows no longer reach; by the engine, on any device.
 
     Raises:
         UnsupportedModelError, InputError, UsageError: see `sparse_attention`.
+        ResourceError: `backend="triton"` where triton cannot run; not enough memory.
     """
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens = {max_new_tokens} must be at least 1")
     if prompt_steps and not 0 < prompt_steps < min(map(len, prompts), default=0):
         raise UsageError(f"prompt_steps = {prompt_steps} must leave every prompt a token to prefill")
-    run = run if run is not None else Generation()
-    sampler = Sampler(sampling or Sampling())
-    stops = torch.tensor(list(stop_token_ids), dtype=torch.long)
+    if selector is not None and (backend == "triton" or mode == "released"):
+        raise UsageError("a comparison selector runs on the reference, and releases nothing")
     ids, mask = (tensor.to(model.device) for tensor in left_pad(prompts, pad_token_id))
-    run.prompt_tokens = int(mask.sum())
-    alive = torch.ones(len(prompts), dtype=torch.bool)
+    run = run if run is not None else Generation()
+    run.mode = mode
+    sampling = sampling or Sampling()
+    request = _Request(
+        model, params, ids, mask, prompt_steps, max_new_tokens, sampling, tuple(stop_token_ids), run
+    )
+    if selector is None and _wants_engine(request, backend):
+        return _engine_loop(request, backend)
+    return _reference_loop(request, selector)
+
+
+def _wants_engine(request: _Request, backend: Backend) -> bool:
+    """Whether the engine runs this; if it was expected to and cannot, the run gets a note."""
+    model, params = request.model, request.params
+    triton = use_triton(backend, request.ids)
+    if not triton and request.run.mode == "audited":
+        return False
+    reason = engine_unsupported(model, params, "triton" if triton else "reference")
+    if reason is None or backend == "triton" or request.run.mode == "released":
+        return True  # the engine itself refuses what was asked for by name
+    request.run.notes.append(f"decoding without the engine: {reason}")
+    return False
+
+
+@torch.inference_mode()  # as a decorator it is off while the caller holds the token; a `with` would leak
+def _engine_loop(request: _Request, backend: Backend) -> Iterator[list[int | None]]:
+    """The token of a step is on its way to the host while the next step runs."""
+    run, prefix = request.run, request.ids.shape[1] - request.prompt_steps
+    run.prompt_tokens = int(request.mask.sum())
     began = time.perf_counter()
-    with sparse_attention(model, params, selector=selector) as cache:
+    with DecodeEngine(
+        request.model,
+        request.params,
+        batch_size=request.ids.shape[0],
+        max_len=request.ids.shape[1] + request.max_new_tokens,
+        backend=backend,
+        mode=run.mode,
+        sampling=request.sampling,
+        max_new_tokens=request.max_new_tokens,
+        stop_token_ids=request.stop_token_ids,
+    ) as engine:
+        run.backend = engine.backend
+        logits = engine.prefill(request.ids[:, :prefix], request.mask[:, :prefix])
+        engine.start(logits)
+        for column in request.ids[:, prefix:].unbind(dim=1):
+            engine.step(column)
+        run.kv_bytes_resident, run.kv_bytes_resident_dense = engine.resident_bytes, engine.dense_bytes
+        shown = _Shown(request, began)
+        pending = shown.send(engine)
+        for step in range(request.max_new_tokens):
+            current = pending
+            if step + 1 < request.max_new_tokens:
+                engine.step()
+                pending = shown.send(engine)
+            tokens = shown.receive(current)
+            if step + 1 == request.max_new_tokens or not shown.alive.any():
+                run.stats = engine.stats()
+            yield tokens
+            if not shown.alive.any():
+                return
+
+
+class _Shown:
+    """Tokens on their way to the host, and what the run records when they arrive."""
+
+    def __init__(self, request: _Request, began: float) -> None:
+        self._run, self._began = request.run, began
+        self._stops = torch.tensor(request.stop_token_ids, dtype=torch.long)
+        self.alive = torch.ones(request.ids.shape[0], dtype=torch.bool)
+
+    def send(self, engine: DecodeEngine) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Start copying the tokens just drawn."""
+        if engine.device.type != "cuda":
+            return engine.tokens.clone(), None
+        host = torch.empty(engine.tokens.shape, dtype=torch.long, pin_memory=True)
+        host.copy_(engine.tokens, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return host, event
+
+    def receive(self, sent: tuple[torch.Tensor, torch.cuda.Event | None]) -> list[int | None]:
+        """Wait for them, count and stop the clock."""
+        tokens, event = sent
+        if event is not None:
+            event.synchronize()
+        return self.record(tokens)
+
+    def record(self, tokens: torch.Tensor) -> list[int | None]:
+        """Tokens `[batch]` on the host, None for sequences that had ended; who ends with them is noted."""
+        run, now = self._run, time.perf_counter()
+        if run.new_tokens == 0:
+            run.time_to_first_token, self._began = now - self._began, now
+        run.decode_seconds = now - self._began
+        run.new_tokens += 1
+        shown = [int(t) if living else None for t, living in zip(tokens, self.alive, strict=True)]
+        self.alive &= ~torch.isin(tokens, self._stops)
+        return shown
+
+
+@torch.inference_mode()
+def _reference_loop(request: _Request, selector: StepSelector | None) -> Iterator[list[int | None]]:
+    model, run, ids, mask = request.model, request.run, request.ids, request.mask
+    sampler = Sampler(request.sampling)
+    run.prompt_tokens = int(mask.sum())
+    shown = _Shown(request, time.perf_counter())
+    with sparse_attention(model, request.params, selector=selector) as cache:
         run.stats = cache.stats
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-        left = _feed(model, cache, ids, mask, positions, prompt_steps)
+        left = _feed(model, cache, ids, mask, positions, request.prompt_steps)
         ids, positions = ids[:, left], positions[:, left]
-        for step in range(max_new_tokens):
+        for _ in range(request.max_new_tokens):
             logits = model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -147,20 +242,15 @@ def generate_tokens(
                 logits_to_keep=1,
             ).logits[:, -1]
             token = sampler(logits)
-            shown = token.cpu()  # waits for the device, so the clock below is honest
-            now = time.perf_counter()
-            if step == 0:
-                run.time_to_first_token, began = now - began, now
-            run.decode_seconds = now - began
-            run.new_tokens += 1
+            tokens = shown.record(token.cpu())  # waits for the device, so the clock is honest
             run.kv_bytes_resident = cache.resident_bytes
             run.kv_bytes_resident_dense = cache.dense_bytes
-            yield [int(t) if living else None for t, living in zip(shown, alive, strict=True)]
-            alive &= ~torch.isin(shown, stops)
-            if not bool(alive.any()):
+            yield tokens
+            if not bool(shown.alive.any()):
                 return
+            cache.alive = shown.alive.to(ids.device)
             ids, positions = token[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=-1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
 
 
 def _feed(

@@ -51,6 +51,10 @@ class Selection:
     contested: torch.Tensor
     gated: torch.Tensor
 
+    def rows(self, which: torch.Tensor) -> Selection:
+        """Some sequences of the batch; `which` `[batch]` bool."""
+        return Selection(self.kept[which], self.retrieved[which], self.contested[which], self.gated[which])
+
 
 Scores = Callable[[], torch.Tensor]  # -> [batch, num_kv_heads, group, steps, n], computed only when needed
 

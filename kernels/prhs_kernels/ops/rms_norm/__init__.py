@@ -1,0 +1,1 @@
+"""Root-mean-square norm of the residual stream, the addition before it included."""

@@ -1,0 +1,1 @@
+"""Rotary embedding of one decode step, the new key and value written into the cache."""

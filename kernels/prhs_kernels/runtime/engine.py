@@ -1,0 +1,424 @@
+"""Decode under one CUDA graph: static buffers, positions and counts on the device, sampling included.
+
+The same step runs without a graph, on a CPU too: with the reference operators, or in triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from prhs_kernels.errors import UnsupportedModelError, UsageError
+from prhs_kernels.ops.backend import HEAD_DIMS, KERNEL_DTYPES, MAX_GROUP, Backend, use_triton
+from prhs_kernels.ops.dense_decode.api import dense_decode
+from prhs_kernels.ops.retrieve.api import retrieve
+from prhs_kernels.ops.retrieve.state import (
+    MAX_DILATION,
+    RetrievalRule,
+    RetrievalScratch,
+    RetrievalState,
+    capacity_for,
+)
+from prhs_kernels.ops.sparse_decode.api import sparse_decode
+from prhs_kernels.params import Gate, SelectorParams, TimeParams
+from prhs_kernels.runtime.attach import check_params, check_supported, dense_params, sparse_attention
+from prhs_kernels.runtime.decoder_step import DecoderStep, unsupported
+from prhs_kernels.runtime.sampling import Sampling, draw
+from prhs_kernels.runtime.static_cache import StaticCache
+from prhs_kernels.runtime.stats import DecodeStats
+from prhs_kernels.runtime.step_plan import Planner, StepPlan
+from prhs_kernels.runtime.step_stats import StepCounter
+
+Attention = Literal["sparse", "dense"]
+Mode = Literal["audited", "released"]
+
+
+def engine_unsupported(
+    model: PreTrainedModel, params: SelectorParams, backend: Backend = "reference"
+) -> str | None:
+    """Why this run needs the reference loop, in a few words, or None; backend `reference` or `triton`."""
+    time = params.time
+    if backend == "triton":
+        if params.head_dim not in HEAD_DIMS:
+            return f"head_dim = {params.head_dim} has no kernel"
+        if params.group_size > MAX_GROUP:
+            return f"{params.group_size} query heads per KV head are more than {MAX_GROUP}"
+        if model.dtype not in KERNEL_DTYPES:
+            return f"{model.dtype} has no kernel"
+    if time is not None and not time.reanchor:
+        return "reanchor = False keeps two sets per head"
+    if time is not None and int(time.dilation.max()) > MAX_DILATION:
+        return f"more than {MAX_DILATION} neighbours on either side"
+    return unsupported(model)
+
+
+@dataclasses.dataclass
+class _Progress:
+    """What a step changes besides the cache and the sets: all on the device.
+
+    slot: `[1]` int64, cache slot of the next token. token: `[batch]` int64, that token. alive: `[batch]`
+    bool, no stop token yet. drawn: `[1]` int64, tokens sampled so far.
+    """
+
+    slot: torch.Tensor
+    token: torch.Tensor
+    alive: torch.Tensor
+    drawn: torch.Tensor
+
+
+class DecodeEngine:
+    """Prefill a batch, then decode it step by step; a context manager that gives everything back at its end.
+
+    Args:
+        model: a supported transformers model; its weights are fused in place (views of one storage).
+        params: the selectors; `attention="dense"` runs without any.
+        batch_size, max_len: sequences, and cache slots of each: padding, prompt and new tokens.
+        use_graph: capture the step into a CUDA graph; default on CUDA. False runs it directly.
+        mode: `released` frees what PSAW and sliding windows no longer reach after the prefill.
+        sampling, max_new_tokens, stop_token_ids: how tokens are drawn, how many at most, which end a row.
+
+    Raises:
+        UnsupportedModelError: the reference loop has to run this (`engine_unsupported`).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        params: SelectorParams,
+        *,
+        batch_size: int,
+        max_len: int,
+        backend: Backend = "auto",
+        attention: Attention = "sparse",
+        use_graph: bool | None = None,
+        mode: Mode = "audited",
+        sampling: Sampling | None = None,
+        max_new_tokens: int | None = None,
+        stop_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        check_supported(model.config)
+        check_params(model.config, params)
+        params = params if attention == "sparse" else dense_params(model.config)
+        probe = torch.empty(0, device=model.device)
+        self.backend: Backend = "triton" if use_triton(backend, probe) else "reference"
+        reason = engine_unsupported(model, params, self.backend)
+        if reason is not None:
+            raise UnsupportedModelError(f"the decode engine cannot run this model: {reason}")
+        self.model, self.params, self.mode = model, params, mode
+        self.batch_size, self.max_len = batch_size, max_len
+        self.device, self.dtype = model.device, model.dtype
+        self.attention: Attention = attention
+        self.use_graph = self.device.type == "cuda" if use_graph is None else use_graph
+        if self.use_graph and self.device.type != "cuda":
+            raise UsageError(f"use_graph needs a CUDA device, the model is on {self.device}")
+        self.sampling = sampling or Sampling()
+        self._draws = max_new_tokens or max_len
+        self._stops = stop_token_ids
+        self._open = False
+
+    @torch.inference_mode()
+    def __enter__(self) -> DecodeEngine:
+        self._allocate()
+        self._open = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Free graph, cache and scratch memory; the model was only patched during `prefill`."""
+        self._open = False
+        for name in ("_graph", "cache", "states", "_scratch", "_step", "_counter", "logits"):
+            setattr(self, name, None)
+
+    def _allocate(self) -> None:
+        params, batch = self.params, self.batch_size
+        windows = sliding_windows(self.model)
+        self._step: Any = DecoderStep(self.model, self.max_len, self.backend)
+        self.cache: Any = StaticCache()
+        self.planner = Planner.create(params, windows, batch, self.device)
+        self._progress = _Progress(
+            slot=torch.zeros(1, dtype=torch.long, device=self.device),
+            token=torch.zeros(batch, dtype=torch.long, device=self.device),
+            alive=torch.ones(batch, dtype=torch.bool, device=self.device),
+            drawn=torch.zeros(1, dtype=torch.long, device=self.device),
+        )
+        self._stop_ids = torch.tensor(self._stops, dtype=torch.long, device=self.device)
+        self._uniforms: torch.Tensor | None = None
+        if not self.sampling.greedy:
+            self._uniforms = self.sampling.uniforms(self._draws, batch).to(self.device)
+        self._graph: Any = None
+        self.logits: Any = None
+        self.length = 0  # slots in use, as the host counts them
+        self._allocate_sets(windows)
+
+    def _allocate_sets(self, windows: list[int | None]) -> None:
+        """Index sets of the layers that choose any; the others attend to their spans."""
+        params, time, batch = self.params, self.params.time, self.batch_size
+        heads, group = params.num_kv_heads, params.group_size
+        self.selecting = [] if time is None else selecting_layers(time)
+        self.rules: dict[int, RetrievalRule] = {}
+        self.states: Any = {}
+        self._stacked: RetrievalState | None = None
+        self._scratch: Any = None
+        gate = block = None
+        if time is not None and self.selecting:
+            capacity = set_capacity(params, windows, self.max_len)
+            self._stacked = RetrievalState.allocate(
+                len(self.selecting) * batch, heads, group, params.head_dim, capacity, self.dtype, self.device
+            )
+            for place, layer in enumerate(self.selecting):
+                rows = slice(place * batch, (place + 1) * batch)
+                self.states[layer] = _part(self._stacked, rows)
+                self.rules[layer] = RetrievalRule.from_time(time, layer, params.num_local, self.device)
+            if self.backend == "triton":
+                self._scratch = RetrievalScratch.allocate(batch, heads, group, self.max_len, self.device)
+            gate = torch.stack([self.rules[layer].gate for layer in self.selecting])[:, None]
+            block = torch.stack([self.rules[layer].block for layer in self.selecting])[:, None]
+        moves = params.depth is not None or any(window is not None for window in windows)
+        self._counter: Any = StepCounter(
+            params.num_layers, batch, heads, group, self.device,
+            self._stacked, self.selecting, gate, block, windows_move=moves,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def prefill(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Run left-padded prompts `[batch, length]` through the model; logits `[batch, vocabulary]`.
+
+        The keys and values then lie in static buffers; decode steps continue from there. The mask is 0 on
+        padding and 1 on tokens.
+        """
+        self._check_open()
+        batch, length = ids.shape
+        if batch != self.batch_size or not 0 < length < self.max_len:
+            raise UsageError(
+                f"prompts {[batch, length]} do not fit batch_size = {self.batch_size}, "
+                f"max_len = {self.max_len}"
+            )
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+        with sparse_attention(self.model, self.params) as cache:
+            model: Any = self.model
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            self._restart(length, (mask == 0).sum(dim=-1))
+            shift = self._shifts()
+            self.dense_bytes = cache.dense_bytes
+            self.cache.take(cache, self.max_len, self.planner.padding, shift, self.params.num_sinks)
+            self.planner.shift.copy_(torch.tensor(shift, device=self.device)[:, None])
+        return logits  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def fill_random(self, kv_len: int, seed: int) -> None:
+        """Pretend a prompt of `kv_len` tokens: normal random keys and values, a random current token."""
+        self._check_open()
+        if not 0 < kv_len < self.max_len:
+            raise UsageError(f"kv_len = {kv_len} must be in [1, {self.max_len - 1}]")
+        generator = torch.Generator(self.device).manual_seed(seed)
+        params = self.params
+        shape = (self.batch_size, params.num_kv_heads, self.max_len, params.head_dim)
+        if not self.cache.keys or self.cache.keys[0].shape != shape:
+            self._graph = None
+            self.cache.allocate(params.num_layers, shape, self.dtype, self.device)
+        for tensor in [*self.cache.keys, *self.cache.values]:
+            tensor.normal_(generator=generator)
+        self._restart(kv_len, torch.zeros(self.batch_size, dtype=torch.long, device=self.device))
+        vocabulary = self.model.config.vocab_size
+        self._progress.token.random_(0, vocabulary, generator=generator)
+
+    def _restart(self, length: int, padding: torch.Tensor) -> None:
+        """Begin decoding behind `length` slots: nothing chosen, nothing counted, nothing drawn."""
+        self.length = length
+        self._progress.slot.fill_(length)
+        self._progress.alive.fill_(True)
+        self._progress.drawn.zero_()
+        self.planner.padding.copy_(padding)
+        self.planner.shift.zero_()
+        if self._stacked is not None:
+            self._stacked.reset()
+        self._counter.reset()
+
+    def _shifts(self) -> list[int]:
+        """Slots that every layer's released buffer starts later: common to the rows, the least of them."""
+        if self.mode != "released":
+            return [0] * self.params.num_layers
+        begin = self.planner.plan(self._progress.slot).spans[..., 2].amin(dim=1)
+        return [max(0, int(first) - self.params.num_sinks) for first in begin.tolist()]
+
+    @torch.inference_mode()
+    def step(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Decode one token per sequence; gives the next ones `[batch]` int64, in a buffer that is reused.
+
+        Args:
+            tokens: `[batch]`, the step's input; None for what the last step drew. Given tokens are part of
+                the prompt: they restart the draws, and every sequence counts as unfinished.
+
+        `logits` then holds the predictions `[batch, vocabulary]`, in a buffer that is reused under a graph.
+        """
+        self._check_open()
+        if not self.cache.keys:
+            raise UsageError("nothing to continue: call prefill or fill_random first")
+        if self.length >= self.max_len:
+            raise UsageError(f"the cache of {self.max_len} slots is full")
+        if tokens is not None:
+            self._progress.token.copy_(tokens)
+            self._progress.alive.fill_(True)
+            self._progress.drawn.zero_()
+        if self.use_graph:
+            if self._graph is None:
+                self.capture()
+            self._graph.replay()
+        else:
+            self._run()
+        self.length += 1
+        return self._progress.token
+
+    @torch.inference_mode()
+    def start(self, logits: torch.Tensor) -> torch.Tensor:
+        """Draw the first token of every sequence from the logits of the prefill; `[batch]` int64."""
+        self._sample(logits)
+        return self._progress.token
+
+    def _run(self) -> None:
+        """The step itself: device work only, so that it can be captured."""
+        now = self._progress
+        plan = self.planner.plan(now.slot)
+        self._counter.begin()
+        logits = self._step(now.token, plan, self.cache.keys, self.cache.values, self._attend)
+        self.logits = logits  # the last one recorded is the graph's
+        self._counter.end(plan, now.alive)
+        self._sample(logits)
+        now.slot.add_(1)
+
+    def _sample(self, logits: torch.Tensor) -> None:
+        now = self._progress
+        uniforms = now.slot if self._uniforms is None else self._uniforms.index_select(0, now.drawn)[0]
+        token = draw(logits, self.sampling, uniforms)
+        now.token.copy_(token)
+        now.drawn.add_(1).clamp_(max=self._draws - 1)
+        if self._stops:
+            stopped = (token[:, None] == self._stop_ids).any(dim=-1)
+            now.alive.logical_and_(~stopped)
+
+    def _attend(
+        self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, plan: StepPlan
+    ) -> torch.Tensor:
+        keys, values, spans = self.cache.keys[layer], self.cache.values[layer], plan.spans[layer]
+        scale = self._step.layers[layer].scale
+        state = self.states.get(layer)
+        if state is None:
+            output, _ = dense_decode(query, keys, values, scale=scale, spans=spans, backend=self.backend)
+            return output
+        retrieve(
+            query,
+            keys,
+            spans=spans,
+            budget=plan.budget[layer],
+            rule=self.rules[layer],
+            state=state,
+            scale=scale,
+            query_pre=query_pre,
+            scratch=self._scratch,
+            backend=self.backend,
+        )
+        output, _ = sparse_decode(
+            query, keys, values, state.indices,
+            scale=scale, count=state.count, spans=spans, backend=self.backend,
+        )  # fmt: skip
+        return output
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record the step into a CUDA graph; what the warm-up changed is put back."""
+        self._check_open()
+        before = [tensor.clone() for tensor in self._changing()]
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(2):  # compiles kernels, lets cuBLAS choose and allocate
+                self._run()
+                self._put_back(before)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        self._put_back(before)
+        self._graph = graph
+
+    def _changing(self) -> list[torch.Tensor]:
+        """Every tensor that a step writes, but the cache, whose new slots are not read before written."""
+        tensors = [getattr(self._progress, field.name) for field in dataclasses.fields(_Progress)]
+        tensors.append(self._counter.totals)
+        if self._stacked is not None:
+            tensors += [getattr(self._stacked, field.name) for field in dataclasses.fields(self._stacked)]
+        return tensors
+
+    def _put_back(self, before: list[torch.Tensor]) -> None:
+        for tensor, saved in zip(self._changing(), before, strict=True):
+            tensor.copy_(saved)
+
+    @torch.inference_mode()
+    def stats(self) -> DecodeStats:
+        """What the steps so far read and kept; waits for the device."""
+        return self._counter.read()  # type: ignore[no-any-return]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """`[batch]` int64 on the device: the tokens drawn last, input of the next step."""
+        return self._progress.token
+
+    @property
+    def alive(self) -> torch.Tensor:
+        """`[batch]` bool on the device: sequences that have not drawn a stop token."""
+        return self._progress.alive
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the buffers that hold keys and values, room for tokens to come included."""
+        return int(self.cache.resident_bytes)
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise UsageError("the decode engine works inside its with block only")
+
+
+def sliding_windows(model: PreTrainedModel) -> list[int | None]:
+    """The model's own window of every layer, in positions."""
+    config: Any = model.config
+    decoder: Any = model.base_model
+    if config.model_type == "mistral":  # kept in the config; Qwen keeps it per layer in the module
+        return [config.sliding_window] * config.num_hidden_layers
+    return [getattr(layer.self_attn, "sliding_window", None) for layer in decoder.layers]
+
+
+def selecting_layers(time: TimeParams) -> list[int]:
+    """Layers in which some head does not simply keep everything."""
+    return [layer for layer, ratio in enumerate(time.budget_ratio) if bool((ratio < 1).any())]
+
+
+def set_capacity(params: SelectorParams, windows: list[int | None], max_len: int) -> int:
+    """Indices per head that no set of these parameters can exceed in a cache of `max_len` slots."""
+    time = params.time
+    assert time is not None
+    most = 16
+    for layer in selecting_layers(time):
+        seen = min(max_len, windows[layer] or max_len)
+        for head in range(params.num_kv_heads):
+            ratio = float(time.budget_ratio[layer, head])
+            budget = seen if ratio >= 1 else int(ratio * seen) + int(time.budget_tokens[layer, head])
+            shares = int(time.gate[layer, head]) != Gate.NEVER
+            block = min(int(time.block[layer, head]), max_len) if shares else 1
+            dilation = int(time.dilation[layer, head])
+            most = max(most, capacity_for(budget, params.num_sinks, params.num_local, dilation, block))
+    return min(most, -(-max_len // 16) * 16)
+
+
+def _part(stacked: RetrievalState, rows: slice) -> RetrievalState:
+    """The state of one layer as views."""
+    fields = dataclasses.fields(stacked)
+    return RetrievalState(**{field.name: getattr(stacked, field.name)[rows] for field in fields})

@@ -1,0 +1,70 @@
+"""Drawing the next token, the same on every device: the randomness comes from the CPU before it is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from prhs_kernels.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: greedy at temperature 0, else nucleus sampling with a fixed seed."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature = {self.temperature} must be >= 0 (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p = {self.top_p} must be in (0, 1]")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def uniforms(self, steps: int, batch: int) -> torch.Tensor:
+        """`[steps, batch]` float64 in [0, 1), what the first `steps` draws of this seed use; on the CPU."""
+        sampler = Sampler(self)
+        return torch.stack([sampler.uniforms(batch) for _ in range(steps)])
+
+
+def draw(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> torch.Tensor:
+    """Token ids `[batch]` int64 of `[batch, vocabulary]` logits; no host sync, so also inside a CUDA graph.
+
+    Inverse of the distribution function over tokens in falling order of probability, in float64, so that
+    devices whose logits agree to the last bit also agree in the token. `uniforms` `[batch]`, not read when
+    greedy.
+    """
+    if sampling.greedy:
+        return logits.argmax(dim=-1)
+    probs = (logits.double() / sampling.temperature).softmax(dim=-1)
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    # keep the smallest set that reaches top_p: a token stays if what came before it has not reached it
+    kept = ordered.masked_fill(before >= sampling.top_p, 0.0)
+    reached = kept.cumsum(dim=-1)
+    place = (reached <= uniforms[:, None] * reached[:, -1:]).sum(dim=-1, keepdim=True)
+    return order.gather(-1, place.clamp(max=logits.shape[-1] - 1)).squeeze(-1)
+
+
+class Sampler:
+    """`draw` with the uniforms of a seed, one row of them per call."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Next token ids `[batch]` int64."""
+        if self._sampling.greedy:
+            return logits.argmax(dim=-1)
+        return draw(logits, self._sampling, self.uniforms(logits.shape[0]).to(logits.device))
+
+    def uniforms(self, batch: int) -> torch.Tensor:
+        """The next row, `[batch]` float64."""
+        return torch.rand(batch, dtype=torch.float64, generator=self._generator)

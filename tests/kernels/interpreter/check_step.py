@@ -1,0 +1,143 @@
+"""Kernels of the decode step outside attention, and a whole step of the engine on kernels.
+
+Run by `test_triton_interpreter.py` in a process of its own, as `check_decode.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from prhs_kernels.ops.rms_norm.api import rms_norm
+from prhs_kernels.ops.rope_append.api import rope_append
+from prhs_kernels.ops.silu_mul.api import silu_mul
+from prhs_kernels.params import DepthParams
+from prhs_kernels.runtime.decode import Generation, generate_tokens, left_pad
+from prhs_kernels.runtime.engine import DecodeEngine
+from prhs_kernels.runtime.sampling import Sampling
+from prhs_kernels.testing.inputs import random_tokens, selector_params
+from prhs_kernels.testing.models import tiny_model
+from prhs_kernels.testing.tolerances import assert_as_exact_as
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# bf16 is silently wrong in the interpreter
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+def drawn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(device=DEVICE, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 63, 64, 1000])
+@pytest.mark.parametrize("adds", [False, True])
+def test_rms_norm(dtype: torch.dtype, size: int, adds: bool) -> None:
+    hidden, weight = drawn(3, size, dtype=dtype, seed=0), drawn(size, dtype=dtype, seed=1)
+    residual = 5 * drawn(3, size, dtype=dtype, seed=2) if adds else None
+    stock = rms_norm(hidden, weight, 1e-5, residual=residual, backend="reference")
+    wide = None if residual is None else residual.double()
+    exact = rms_norm(hidden.double(), weight.double(), 1e-5, residual=wide, backend="reference")
+    found = rms_norm(hidden, weight, 1e-5, residual=residual, backend="triton")
+    assert_as_exact_as(found[0], stock[0], exact[0], "normalised")
+    assert torch.equal(found[1], stock[1]), "a sum of two is rounded once, in any order"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 63, 1025])
+def test_silu_mul(dtype: torch.dtype, size: int) -> None:
+    gate_up = 3 * drawn(2, 2 * size, dtype=dtype, seed=3)
+    stock, exact = (silu_mul(t, backend="reference") for t in (gate_up, gate_up.double()))
+    assert_as_exact_as(silu_mul(gate_up, backend="triton"), stock, exact, "activation")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "head_dim"), [((4, 2), 64), ((7, 1), 80), ((2, 2), 96)])
+@pytest.mark.parametrize("norm", [False, True])
+def test_rope_append(dtype: torch.dtype, heads: tuple[int, int], head_dim: int, norm: bool) -> None:
+    """Rotated queries, what they were before, and a cache of which only one slot per sequence changes."""
+    query_heads, kv_heads = heads
+    angle = torch.rand(9, head_dim // 2, generator=torch.Generator().manual_seed(5)).to(DEVICE) * 6
+    norms = [drawn(head_dim, dtype=dtype, seed=seed) for seed in (6, 7)] if norm else [None, None]
+    places = {
+        "positions": torch.tensor([8, 0], dtype=torch.int32, device=DEVICE),
+        "slots": torch.tensor([4, 2], dtype=torch.int32, device=DEVICE),
+    }
+
+    def run(backend: Any, kind: torch.dtype) -> tuple[torch.Tensor, ...]:
+        qkv = drawn(2, (query_heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=8).to(kind)
+        room = torch.full((2, 2, 5, kv_heads, head_dim), torch.nan, dtype=kind, device=DEVICE)
+        keys, values = room.transpose(2, 3)  # a layout of its own
+        tables = {"cos": angle.cos().to(dtype).to(kind), "sin": angle.sin().to(dtype).to(kind)}
+        weights = {f"{n}_norm": w if w is None else w.to(kind) for n, w in zip("qk", norms, strict=True)}
+        after, before = rope_append(
+            qkv, keys, values, **tables, **places, **weights, eps=1e-5, backend=backend
+        )
+        written = torch.zeros(2, 5, dtype=torch.bool, device=DEVICE)
+        written[0, 4] = written[1, 2] = True
+        for cache in (keys, values):
+            assert torch.equal(cache.isnan().all(dim=(1, 3)), ~written)
+        pick = written[:, None, :, None].expand_as(keys)
+        return after, before, keys[pick].view(2, -1), values[pick].view(2, -1)
+
+    found, stock, exact = run("triton", dtype), run("reference", dtype), run("reference", torch.float64)
+    for name, *triple in zip(("query", "query before RoPE", "key"), found, stock, exact, strict=False):
+        assert_as_exact_as(*triple, name)
+    assert torch.equal(found[3], stock[3]), "values are copied"
+
+
+PROMPTS = [random_tokens(length, seed=length) for length in (37, 20)]
+CASES = {
+    "llama": {"time": {"budget_tokens": 4, "budget_ratio": [0.1, 1.0], "tau_cos": 0.1}},
+    "mistral": {"depth": DepthParams(0, 0.3), "time": {"budget_tokens": 3, "gate": [1, 2], "tau_cos": 0.2}},
+    "qwen2": {"depth": DepthParams(0, 0.3)},
+    "qwen3": {"time": {"budget_tokens": 3, "gate": 2, "tau_cos": 0.1}},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_engine_gives_the_tokens_of_the_reference_loop(name: str) -> None:
+    """fp32, greedy, prompts of different length, one of them ended by a stop token; statistics too."""
+    window = {"sliding_window": 20} if name == "mistral" else {}
+    model: Any = tiny_model(name, head_dim=64, num_hidden_layers=2, **window).to(DEVICE)
+    params = selector_params(model.config, **CASES[name])
+    steps = 6
+    free, runs = list(generate_tokens(model, PROMPTS, params, max_new_tokens=steps)), []
+    settings = {"max_new_tokens": steps, "stop_token_ids": [free[2][1]]}
+    rows = []
+    for backend in ("reference", "triton"):
+        runs.append(Generation())
+        rows.append(list(generate_tokens(model, PROMPTS, params, run=runs[-1], backend=backend, **settings)))
+    assert rows[0] == rows[1] and any(None in row for row in rows[0])
+    assert [run.backend for run in runs] == ["reference", "triton"]
+    assert runs[1].stats.to_dict() == pytest.approx(runs[0].stats.to_dict(), rel=1e-9, nan_ok=True)
+    assert runs[1].stats.units == runs[0].stats.units
+
+
+def test_sampled_tokens_agree() -> None:
+    model: Any = tiny_model("llama", head_dim=64, num_hidden_layers=2).to(DEVICE)
+    params = selector_params(model.config, **CASES["llama"])
+    sampling = Sampling(temperature=1.0, top_p=0.9, seed=3)
+    rows = [
+        list(generate_tokens(model, PROMPTS, params, max_new_tokens=5, sampling=sampling, backend=backend))
+        for backend in ("reference", "triton")
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="graphs need a CUDA device")
+@pytest.mark.parametrize("name", CASES)
+def test_a_graph_replays_what_the_step_does(name: str) -> None:
+    window = {"sliding_window": 20} if name == "mistral" else {}
+    model: Any = tiny_model(name, head_dim=64, **window).to(DEVICE)
+    params = selector_params(model.config, **CASES[name])
+    ids, mask = left_pad(PROMPTS, 0)
+    found = []
+    for use_graph in (False, True):
+        with DecodeEngine(model, params, batch_size=2, max_len=80, use_graph=use_graph) as engine:
+            engine.start(engine.prefill(ids, mask))
+            tokens = torch.stack([engine.step().clone() for _ in range(12)])
+            found.append((tokens.tolist(), engine.stats()))
+    assert found[0] == found[1]
