@@ -12,6 +12,7 @@ import typer
 from prhs_cli import errors
 from prhs_cli.commands import (
     analyze,
+    bench,
     calibrate,
     doctor,
     evaluate,
@@ -45,6 +46,7 @@ for name, module in (
     ("analyze", analyze),
     ("plot", plot),
     ("evaluate", evaluate),
+    ("bench", bench),
     ("models", models),
     ("doctor", doctor),
 ):

@@ -71,6 +71,9 @@ Dtype = Annotated[
         help="`auto` (float32 on CPU, bfloat16 on CUDA), `float32`, `bfloat16` or `float16`.",
     ),
 ]
+BenchDtype = Annotated[
+    str, typer.Option(metavar="DTYPE", help="`auto` (bfloat16), `bfloat16`, `float16` or `float32`.")
+]
 Seed = Annotated[
     int,
     typer.Option(min=0, metavar="N", help="Seed of everything random; the same seed gives the same result."),

@@ -222,7 +222,7 @@ def test_a_single_item_has_no_bars(result: Path) -> None:
 
 
 def test_commands_of_the_reproduction_page_are_ones_that_exist() -> None:
-    """Parsed, not run; `prhs bench` is said there not to exist yet."""
+    """Parsed, not run; two of the benchmarks are said there not to exist yet."""
     import typer
 
     from prhs_calibration.evaluation.evaluate import Plan
@@ -235,8 +235,7 @@ def test_commands_of_the_reproduction_page_are_ones_that_exist() -> None:
     found = [line.split()[1:] for line in lines if line.startswith("prhs ")]
     assert len(found) >= 8
     for verb, *arguments in found:
-        if verb == "bench":
-            assert verb not in verbs, "it exists: check its commands here too, and say so on the page"
+        if verb == "bench" and arguments[0] != "operator":
             continue
         context = verbs[verb].make_context(verb, list(arguments))
         if verb == "evaluate":

@@ -33,7 +33,8 @@ def test_help_answers_in_half_a_second(environment: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["calibrate", "inspect", "verify-bound", "generate", "analyze", "plot", "evaluate", "models"]
+    "verb",
+    ["calibrate", "inspect", "verify-bound", "generate", "analyze", "plot", "evaluate", "bench", "models"],
 )
 def test_help_of_every_verb_has_examples(environment: dict[str, str], verb: str) -> None:
     done = subprocess.run(

@@ -1,19 +1,25 @@
-"""Timed cases: what runs, on which bytes, and what the same bytes would take at copy bandwidth."""
+"""What is timed: a problem, its tensors, and a case that is checked before it runs against the clock."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Literal
 
 import torch
 
-from prhs_kernels.bench.timing import Timing, copies_for, measure
+from prhs_kernels.bench.shapes import Point
+from prhs_kernels.bench.timing import Calls, Timing, copies_for, measure
 from prhs_kernels.ops.dense_decode.api import dense_decode
 from prhs_kernels.ops.spans import candidate_spans
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.testing.tolerances import assert_as_exact_as
+
+SINKS, LOCAL = 4, 32
+Kind = Literal["dense", "masked", "sparse", "stage", "layer", "peer", "tune"]
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Status = Literal["ok", "wrong", "failed", "out of memory"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +34,12 @@ class Problem:
     kept: int
     head_dim: int = 128
 
+    @classmethod
+    def of(cls, point: Point) -> Problem:
+        shape = point.shape
+        heads = shape.num_qo_heads, shape.num_kv_heads
+        return cls(shape.name, point.batch, point.context, *heads, point.kept, shape.head_dim)
+
     @property
     def rows(self) -> int:
         return self.batch * self.num_kv_heads
@@ -37,153 +49,192 @@ class Problem:
         return self.num_qo_heads // self.num_kv_heads
 
     def __str__(self) -> str:
-        heads = f"{self.num_qo_heads}/{self.num_kv_heads} heads"
+        heads = f"{self.num_qo_heads}/{self.num_kv_heads} heads, d {self.head_dim}"
         return f"{self.name}: batch {self.batch} x {self.n}, {heads}, C {self.kept}"
 
 
-PROBLEMS = [
-    Problem("gqa-32k", 8, 32768, 32, 8, 1024),
-    Problem("paper", 16, 2048, 32, 32, 256),
-    Problem("gqa-4k", 8, 4096, 32, 8, 1024),
-    Problem("gqa-16k", 8, 16384, 32, 8, 1024),
-]
-TOY_PROBLEMS = [Problem("toy", 1, 96, 4, 2, 24, 64)]
-SINKS, LOCAL = 4, 32
-Calls = list[Callable[[], object]]
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`prepare` checks the result against the reference and gives the calls to time, which do the same work.
+
+    num_bytes: the byte floor, 0 where there is none. before: runs untimed before every replay. values:
+    further figures of the row, asked for after the timing.
+    """
+
+    name: str
+    kind: Kind
+    num_bytes: int
+    prepare: Callable[[], Calls]
+    before: Callable[[], object] | None = None
+    note: str = ""
+    values: Callable[[], dict[str, float]] = dict
+
+    def key(self, problem: Problem) -> str:
+        """What identifies the row; dense attention is the same whatever is kept."""
+        if self.kind in ("dense", "masked"):
+            problem = dataclasses.replace(problem, kept=0)
+        return f"{problem} | {self.name}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A measurement. num_bytes: the byte floor of what was run, 0 where there is none; error: why not."""
+    """A measurement, or why there is none."""
 
-    problem: str
+    problem: Problem
     case: str
-    timing: Timing | None
+    kind: Kind
     num_bytes: int
+    timing: Timing | None = None
+    status: Status = "ok"
     error: str = ""
     note: str = ""
+    values: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-class Inputs:
-    """Random tensors of a problem: as many K and V as a cold L2 needs, and as many sets."""
-
-    def __init__(self, problem: Problem, dtype: torch.dtype, device: str) -> None:
-        p, self.problem, self.device = problem, problem, device
-        self.item = torch.finfo(dtype).bits // 8
-        kv_bytes = 2 * p.rows * p.n * p.head_dim * self.item
-        copies = copies_for(kv_bytes) if device == "cuda" else 2
-        self.queries = torch.randn(copies, p.batch, p.num_qo_heads, 1, p.head_dim, device=device).to(dtype)
-        shape = (copies, p.batch, p.num_kv_heads, p.n, p.head_dim)
-        self.keys, self.values = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
-        self.scale = p.head_dim**-0.5
-        sets = copies_for(2 * p.rows * p.kept * p.head_dim * self.item) if device == "cuda" else 2
-        noise = torch.rand(sets, p.batch, p.num_kv_heads, p.n, device=device)
-        self.indices = noise.topk(p.kept, dim=-1).indices.sort(dim=-1).values.int()
-        del noise
-        used = torch.full((p.batch,), p.n, device=device)
-        self.spans = candidate_spans(used, torch.zeros_like(used), num_sinks=SINKS, num_local=LOCAL)
-
-    def kv(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        i %= len(self.keys)
-        return self.queries[i], self.keys[i], self.values[i]
-
-    def rotate(self, call: Callable[[int], object], count: int = 0) -> Calls:
-        """The call for every copy of the buffers."""
-        return [functools.partial(call, i) for i in range(count or len(self.keys))]
-
-
-def run_case(
-    problem: Problem | str,
-    case: str,
-    num_bytes: int,
-    prepare: Callable[[], Calls],
-    *,
-    before: Callable[[], object] | None = None,
-    note: str = "",
-) -> Row:
-    """Prepare (which checks the result), measure, and turn a failure into a row."""
+def run(case: Case, problem: Problem, device: str) -> Row:
+    """Check, measure, and turn whatever goes wrong into a row: a wrong result is never timed."""
+    row = Row(problem, case.name, case.kind, case.num_bytes, note=case.note)
     try:
-        return Row(str(problem), case, measure(prepare(), before=before), num_bytes, note=note)
+        timing = measure(case.prepare(), device, before=case.before)
+        return dataclasses.replace(row, timing=timing, values=case.values())
+    except torch.cuda.OutOfMemoryError as error:
+        return dataclasses.replace(row, status="out of memory", error=describe(error))
+    except AssertionError as error:
+        return dataclasses.replace(row, status="wrong", error=f"wrong result, not timed: {describe(error)}")
     except Exception as error:  # the report says what failed
-        return Row(str(problem), case, None, num_bytes, describe(error))
+        return dataclasses.replace(row, status="failed", error=describe(error))
 
 
 def describe(error: Exception) -> str:
     """One line about an exception."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    name = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+    return (name + str(error)).partition("\n")[0][:300]
 
 
-def dense_cases(inputs: Inputs) -> Iterator[Row]:
-    """Our split-K kernel, every backend of torch's attention without a mask, and the masked one."""
+class Inputs:
+    """Random tensors of a problem, made when first used: as many K and V as a cold L2 needs, as many sets."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype, device: str, seed: int = 0) -> None:
+        self.problem, self.dtype, self.device, self.seed = problem, dtype, device, seed
+        self.item = torch.finfo(dtype).bits // 8
+        self.scale = problem.head_dim**-0.5
+        self.copies = self._copies(problem.n)
+        self.sets = self._copies(problem.kept)
+
+    def _copies(self, positions: int) -> int:
+        p = self.problem
+        return copies_for(2 * p.rows * positions * p.head_dim * self.item) if self.device != "cpu" else 2
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the cases of the problem need at most, about."""
+        p = self.problem
+        numbers = 2 * self.copies * p.rows * p.n * p.head_dim
+        scratch = 2 * 4 * p.rows * p.n * (p.group + 2)  # retrieval; twice for its reference or its peers
+        exact = 3 * 8 * p.num_kv_heads * p.n * p.head_dim  # float64, a sequence at a time
+        return numbers * self.item + scratch + exact + 8 * p.rows * p.n
+
+    def _random(self, number: int, *shape: int) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(self.seed + number)
+        return torch.randn(shape, dtype=self.dtype, device=self.device, generator=generator)
+
+    @functools.cached_property
+    def queries(self) -> torch.Tensor:
+        p = self.problem
+        return self._random(0, self.copies, p.batch, p.num_qo_heads, 1, p.head_dim)
+
+    @functools.cached_property
+    def keys(self) -> torch.Tensor:
+        p = self.problem
+        return self._random(1, self.copies, p.batch, p.num_kv_heads, p.n, p.head_dim)
+
+    @functools.cached_property
+    def values(self) -> torch.Tensor:
+        p = self.problem
+        return self._random(2, self.copies, p.batch, p.num_kv_heads, p.n, p.head_dim)
+
+    @functools.cached_property
+    def indices(self) -> torch.Tensor:
+        """`[sets, batch, num_kv_heads, kept]` int32: random, ascending: no locality."""
+        p = self.problem
+        generator = torch.Generator(self.device).manual_seed(self.seed + 3)
+        drawn = []
+        for _ in range(self.sets):
+            noise = torch.rand(p.batch, p.num_kv_heads, p.n, device=self.device, generator=generator)
+            drawn.append(noise.topk(p.kept, dim=-1).indices.sort(dim=-1).values.int())
+        return torch.stack(drawn)
+
+    @functools.cached_property
+    def count(self) -> torch.Tensor:
+        p = self.problem
+        return torch.full((p.batch, p.num_kv_heads), p.kept, dtype=torch.int32, device=self.device)
+
+    @functools.cached_property
+    def spans(self) -> torch.Tensor:
+        used = torch.full((self.problem.batch,), self.problem.n, device=self.device)
+        return candidate_spans(used, torch.zeros_like(used), num_sinks=SINKS, num_local=LOCAL)
+
+    def kv(self, i: int) -> QKV:
+        i %= self.copies
+        return self.queries[i], self.keys[i], self.values[i]
+
+    def rotate(self, call: Callable[[int], object], count: int = 0) -> Calls:
+        """The call for every copy of the buffers."""
+        return [functools.partial(call, i) for i in range(count or self.copies)]
+
+    @functools.cached_property
+    def dense_outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense attention of the first copy: plain PyTorch in this precision, and in float64."""
+
+        def attend(b: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            return dense_decode(query, keys, values, scale=self.scale, backend="reference")[0]
+
+        return by_sequence(self.kv(0), attend)
+
+    def sparse_outputs(
+        self, qkv: QKV, indices: torch.Tensor, count: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same over the first `count` of indices `[batch, num_kv_heads, max_kept]`."""
+
+        def attend(b: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            some, size = indices[b, None], count[b, None]
+            return sparse_decode(
+                query, keys, values, some, count=size, scale=self.scale, backend="reference"
+            )[0]
+
+        return by_sequence(qkv, attend)
+
+    def check(self, output: torch.Tensor, wanted: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """AssertionError where the output is further from float64 than PyTorch in this precision."""
+        assert_as_exact_as(output.reshape(wanted[0].shape), *wanted, "output")
+
+
+def by_sequence(qkv: QKV, attend: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend(b, query, keys, values)` in the tensors' precision and in float64.
+
+    A sequence at a time: float64 copies of all of K and V would not fit.
+    """
+    stock, exact = [], []
+    for b in range(len(qkv[0])):
+        one = [tensor[b, None] for tensor in qkv]
+        stock.append(attend(b, *one))
+        exact.append(attend(b, *(tensor.double() for tensor in one)))
+    return torch.cat(stock), torch.cat(exact)
+
+
+def sparse_cases(inputs: Inputs) -> Iterator[Case]:
+    """Attention over given sets, merge included."""
     p = inputs.problem
-    num_bytes = 2 * p.rows * p.n * p.head_dim * inputs.item
-
-    def ours() -> Calls:
-        query, keys, values = inputs.kv(0)
-        found = dense_decode(query, keys, values, scale=inputs.scale, backend="triton")
-        stock = dense_decode(query, keys, values, scale=inputs.scale, backend="reference")
-        wide = (query[:1].double(), keys[:1].double(), values[:1].double())
-        exact = dense_decode(*wide, scale=inputs.scale, backend="reference")
-        assert_as_exact_as(found[0][:1], stock[0][:1], exact[0], "output")
-        return inputs.rotate(lambda i: dense_decode(*inputs.kv(i), scale=inputs.scale, backend="triton"))
-
-    yield run_case(p, "dense_decode", num_bytes, ours)
-    for name, call in torch_attention(inputs).items():
-        yield run_case(p, name, num_bytes, functools.partial(inputs.rotate, call))
-
-
-def torch_attention(inputs: Inputs) -> dict[str, Callable[[int], object]]:
-    """Torch's attention by backend; `folded` has the query group as query rows: K and V are read once."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    p = inputs.problem
-    attention = torch.nn.functional.scaled_dot_product_attention
-
-    def plain(backend: Any, i: int) -> object:
-        with sdpa_kernel(backend):
-            return attention(*inputs.kv(i), scale=inputs.scale, enable_gqa=p.group > 1)
-
-    def folded(backend: Any, i: int) -> object:
-        query, keys, values = inputs.kv(i)
-        query = query.reshape(p.batch, p.num_kv_heads, p.group, p.head_dim)
-        with sdpa_kernel(backend):
-            return attention(query, keys, values, scale=inputs.scale)
-
-    def masked(i: int) -> object:
-        query, keys, values = inputs.kv(i)
-        return attention(query, keys, values, attn_mask=mask, scale=inputs.scale, enable_gqa=p.group > 1)
-
-    calls: dict[str, Callable[[int], object]] = {}
-    if inputs.device != "cuda":
-        backends = {"math": SDPBackend.MATH}
-    else:
-        backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-        backends["efficient"] = SDPBackend.EFFICIENT_ATTENTION
-    for name, backend in backends.items():
-        calls[f"sdpa {name}"] = functools.partial(plain, backend)
-        if p.group > 1:
-            calls[f"sdpa {name} folded"] = functools.partial(folded, backend)
-    mask = torch.ones(1, 1, 1, p.n, dtype=torch.bool, device=inputs.device)
-    calls["masked sdpa"] = masked
-    return calls
-
-
-def sparse_cases(inputs: Inputs) -> Iterator[Row]:
-    """Attention over given sets."""
-    p = inputs.problem
-    count = torch.full((p.batch, p.num_kv_heads), p.kept, dtype=torch.int32, device=inputs.device)
 
     def call(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = inputs.indices[i % len(inputs.indices)]
-        return sparse_decode(*inputs.kv(i), indices, count=count, scale=inputs.scale, backend="triton")
+        indices = inputs.indices[i % inputs.sets]
+        return sparse_decode(*inputs.kv(i), indices, count=inputs.count, scale=inputs.scale, backend="triton")
 
     def prepare() -> Calls:
-        query, keys, values = inputs.kv(0)
-        indices = inputs.indices[0]
-        stock = sparse_decode(query, keys, values, indices, scale=inputs.scale, backend="reference")
-        wide = (query.double(), keys.double(), values.double())
-        exact = sparse_decode(*wide, indices, scale=inputs.scale, backend="reference")
-        assert_as_exact_as(call(0)[0], stock[0], exact[0], "output")
-        return inputs.rotate(call, max(len(inputs.keys), len(inputs.indices)))
+        wanted = inputs.sparse_outputs(inputs.kv(0), inputs.indices[0], inputs.count)
+        inputs.check(call(0)[0], wanted)
+        return inputs.rotate(call, max(inputs.copies, inputs.sets))
 
-    yield run_case(p, "sparse_decode", p.rows * p.kept * (2 * p.head_dim * inputs.item + 4), prepare)
+    yield Case(
+        "sparse_decode + merge", "sparse", p.rows * p.kept * (2 * p.head_dim * inputs.item + 4), prepare
+    )

@@ -4,68 +4,94 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from prhs_kernels.bench.cases import LOCAL, SINKS, Inputs, Row, describe, run_case
+from prhs_kernels.bench.cases import LOCAL, QKV, SINKS, Case, Inputs
+from prhs_kernels.bench.timing import Calls
 from prhs_kernels.ops.retrieve import launch
 from prhs_kernels.ops.retrieve.api import retrieve
 from prhs_kernels.ops.retrieve.config import ScanConfig, SelectConfig, scan_config
-from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalScratch, RetrievalState
+from prhs_kernels.ops.retrieve.state import Decision, RetrievalRule, RetrievalScratch, RetrievalState
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
+from prhs_kernels.params import Gate
 from prhs_kernels.testing.tolerances import tolerance
 
 
 class Retrieval:
-    """Buffers for retrievals of a problem; `sharing` heads of each sequence share, the others retrieve."""
+    """Buffers for retrievals of a problem, `ratio` of whose rows retrieve in every step; the others share.
 
-    def __init__(self, inputs: Inputs, sharing: int) -> None:
+    A row shares while the cosine with the query of its last retrieval is above 1/2. The sharing rows get the
+    same query in every copy, the others random ones: gate, work list and append run as in a decode step.
+    """
+
+    def __init__(self, inputs: Inputs, ratio: float) -> None:
         p, device = inputs.problem, inputs.device
-        self.inputs, self.sharing = inputs, sharing
-        heads = torch.arange(p.num_kv_heads, device=device)
+        self.inputs, self.wanted = inputs, round(ratio * p.rows)
+
+        def per_head(value: float, dtype: torch.dtype) -> torch.Tensor:
+            return torch.full((p.num_kv_heads,), value, dtype=dtype, device=device)
+
         self.rule = RetrievalRule(
-            gate=(heads < sharing).int(),
-            tau_cos=torch.full((p.num_kv_heads,), -2.0, device=device),
-            block=torch.full((p.num_kv_heads,), 2**30, dtype=torch.int32, device=device),
-            dilation=torch.ones(p.num_kv_heads, dtype=torch.int32, device=device),
+            gate=per_head(Gate.POST_ROPE, torch.int32),
+            tau_cos=per_head(0.5, torch.float32),
+            block=per_head(2**30, torch.int32),
+            dilation=per_head(1, torch.int32),
             num_local=LOCAL,
         )
         # dilation brings up to two thirds more: the set then has about p.kept positions
         k = max(1, (p.kept - SINKS - LOCAL) * 3 // 5)
         self.budget = torch.full((p.batch, p.num_kv_heads), k, dtype=torch.int32, device=device)
-        dtype = inputs.queries.dtype
+        moving = spread(p.rows, self.wanted).to(device).view(p.batch, p.num_kv_heads, 1)
+        moving = moving.expand(-1, -1, p.group).reshape(p.batch, p.num_qo_heads, 1, 1)
+        self.queries = torch.where(moving, inputs.queries, inputs.queries[:1])
         self.state = RetrievalState.allocate(
-            p.batch, p.num_kv_heads, p.group, p.head_dim, p.kept + 4096, dtype, device
+            p.batch, p.num_kv_heads, p.group, p.head_dim, p.kept + 4096, inputs.dtype, device
         )
         self.scratch = RetrievalScratch.allocate(p.batch, p.num_kv_heads, p.group, p.n, device)
-        self.step(0)  # every head has a set from here on
+        self.step(0)  # every row has a set from here on
+        self.counts = self.state.count.clone()
+
+    def qkv(self, i: int) -> QKV:
+        _, keys, values = self.inputs.kv(i)
+        return self.queries[i % len(self.queries)], keys, values
 
     def step(self, i: int) -> None:
-        query, keys, _ = self.inputs.kv(i)
+        query, keys, _ = self.qkv(i)
         retrieve(
             query, keys, spans=self.inputs.spans, budget=self.budget, rule=self.rule, state=self.state,
             scale=self.inputs.scale, scratch=self.scratch, backend="triton",
         )  # fmt: skip
 
-    def layer(self, i: int) -> object:
+    def layer(self, i: int) -> torch.Tensor:
         """Retrieval and attention, as a decode step runs them."""
         self.step(i)
-        return sparse_decode(
-            *self.inputs.kv(i), self.state.indices, count=self.state.count, spans=self.inputs.spans,
+        output, _ = sparse_decode(
+            *self.qkv(i), self.state.indices, count=self.state.count, spans=self.inputs.spans,
             scale=self.inputs.scale, backend="triton",
         )  # fmt: skip
-
-    def remember(self) -> None:
-        """Keep the sizes of the sets: sharing heads add a slot in every call."""
-        self.counts = self.state.count.clone()
+        return output
 
     def restore(self) -> None:
+        """Back to the sizes after the first step: sharing rows add a slot in every call."""
         self.state.count.copy_(self.counts)
 
-    def gate(self) -> None:
-        query, keys, _ = self.inputs.kv(0)
+    def retrieved(self) -> int:
+        """Rows that retrieved in the last step."""
+        return int((self.state.decision == Decision.RETRIEVE).sum())
+
+    def values(self) -> dict[str, float]:
+        """What the row says besides its time."""
+        kept = float(self.counts.double().mean())
+        return {"retrieval_ratio": self.retrieved() / self.inputs.problem.rows, "mean_kept": kept}
+
+    def fill_work_list(self) -> None:
+        """Put every row on it; the stages after the gate leave it as it is, so they can be timed alone."""
+        query, keys, _ = self.qkv(0)
+        self.state.reset()
+        self.scratch.work.zero_()
         launch.gate(
             query, query, keys.shape[1], self.inputs.spans, self.budget, self.rule, self.state, self.scratch
         )
@@ -73,7 +99,7 @@ class Retrieval:
     def check(self) -> None:
         """The log-sum-exp of a row, and that no position of its top-k is missing, near ties aside."""
         p = self.inputs.problem
-        query, keys, _ = self.inputs.kv(0)
+        query, keys, _ = self.qkv(0)
         self.state.reset()
         self.step(0)
         scores = (query[0, : p.group, 0].double() @ keys[0, 0].double().T) * self.inputs.scale
@@ -92,96 +118,141 @@ class Retrieval:
         most = int(self.budget[0, 0]) + 2 * (int(self.budget[0, 0]) // 3)
         assert int(chosen[middle].sum()) <= most, "more positions than dilation allows"
 
+    def check_layer(self) -> None:
+        """Attention over the sets of the second step, and that as many rows retrieved as were meant to."""
+        self.check()
+        output = self.layer(1)
+        assert self.retrieved() == self.wanted, f"{self.retrieved()} rows retrieved instead of {self.wanted}"
+        wanted = self.inputs.sparse_outputs(self.qkv(1), self.state.indices, self.state.count)
+        self.inputs.check(output, wanted)
+        self.restore()
 
-def retrieval_cases(inputs: Inputs) -> Iterator[Row]:
-    """The stages one by one with every row retrieving, then whole steps at three retrieval ratios."""
+
+def spread(rows: int, wanted: int) -> torch.Tensor:
+    """`[rows]` bool of which `wanted` are true, evenly spread."""
+    return (torch.arange(rows + 1) * wanted // rows).diff() > 0
+
+
+def scan_bytes(inputs: Inputs) -> int:
+    """Byte floor of a scan of every row: the keys, and a score per position."""
     p = inputs.problem
-    try:
-        every = Retrieval(inputs, 0)
-        every.check()
-    except Exception as error:  # the report says what failed
-        yield Row(str(p), "retrieve", None, 0, describe(error))
-        return
-    scan_bytes = p.rows * p.n * (p.head_dim * inputs.item + 4)
-    every.gate()  # fills the work list once; the stages below leave it as it is
+    return p.rows * p.n * (p.head_dim * inputs.item + 4)
+
+
+def layer_cases(inputs: Inputs, ratios: Sequence[float]) -> Iterator[Case]:
+    """Whole steps of a layer, retrieval included, where this share of the rows retrieves."""
+    p = inputs.problem
+    attention = p.rows * p.kept * (2 * p.head_dim * inputs.item + 4)
+    for ratio in ratios:
+        share = round(ratio * p.rows) / p.rows
+        yield _layer_case(inputs, share, attention + int(share * scan_bytes(inputs)))
+
+
+def _layer_case(inputs: Inputs, ratio: float, num_bytes: int) -> Case:
+    made = functools.cache(functools.partial(Retrieval, inputs, ratio))
+
+    def prepare() -> Calls:
+        made().check_layer()
+        return inputs.rotate(made().layer)
+
+    name = f"layer, ρ = {ratio:.3g}"
+    restore, values = (lambda: made().restore()), (lambda: made().values())
+    return Case(name, "layer", num_bytes, prepare, before=restore, values=values)
+
+
+def stage_cases(inputs: Inputs) -> Iterator[Case]:
+    """The stages of retrieval one by one, every row retrieving."""
+    p = inputs.problem
+
+    @functools.cache
+    def every() -> Retrieval:
+        made = Retrieval(inputs, 1.0)
+        made.check()
+        return made
 
     def scan(i: int) -> None:
         query, keys, _ = inputs.kv(i)
-        launch.scan(query, keys, inputs.spans, every.scratch, inputs.scale)
+        launch.scan(query, keys, inputs.spans, every().scratch, inputs.scale)
 
     def weigh() -> None:
-        launch.weigh(p.num_kv_heads, inputs.spans, LOCAL, every.state, every.scratch, inputs.keys.device)
+        made = every()
+        launch.weigh(p.num_kv_heads, inputs.spans, LOCAL, made.state, made.scratch, inputs.keys.device)
 
     def select() -> None:
-        launch.select(p.num_kv_heads, inputs.spans, every.budget, every.rule, every.state, every.scratch)
+        made = every()
+        launch.select(p.num_kv_heads, inputs.spans, made.budget, made.rule, made.state, made.scratch)
 
-    yield run_case(p, "scan", scan_bytes, lambda: inputs.rotate(scan))
-    yield run_case(p, "weigh", p.rows * p.n * 4 * (p.group + 1), lambda: [weigh])
+    def scans() -> Calls:
+        every().fill_work_list()
+        return inputs.rotate(scan)
+
+    def later(call: Callable[[], None]) -> Calls:
+        every().fill_work_list()
+        scan(0)
+        weigh()
+        return [call]
+
+    yield Case("scan", "stage", scan_bytes(inputs), scans)
+    weigh_bytes = p.rows * p.n * 4 * (p.group + 1)
+    yield Case("weigh", "stage", weigh_bytes, lambda: later(weigh), note="warm L2, as in a step")
     select_bytes = p.rows * 4 * (p.n + p.kept)
-    yield run_case(p, "select + compact", select_bytes, lambda: [select], note="warm L2, as in a step")
-    every.scratch.work.zero_()
-    for case, sharing in (
-        ("layer, all share", p.num_kv_heads),
-        ("layer, 1 of 8 retrieves", p.num_kv_heads * 7 // 8),
-        ("layer, all retrieve", 0),
-    ):
-        moved = p.rows * p.kept * (2 * p.head_dim * inputs.item + 4)
-        moved += scan_bytes * (p.num_kv_heads - sharing) // p.num_kv_heads
-        some = Retrieval(inputs, sharing)
-        some.remember()
-        yield run_case(p, case, moved, functools.partial(inputs.rotate, some.layer), before=some.restore)
+    yield Case("select + compact", "stage", select_bytes, lambda: later(select), note="warm L2, as in a step")
 
 
-def tuning_cases(inputs: Inputs) -> Iterator[Row]:
-    """Other launch shapes, for the stored table."""
+def tuning_cases(inputs: Inputs) -> Iterator[Case]:
+    """Other launch shapes, for the stored table; results are not checked, these are the same kernels."""
     from prhs_kernels.ops.decode_config import DecodeConfig
     from prhs_kernels.ops.dense_decode.triton import dense_decode as dense
     from prhs_kernels.ops.sparse_decode.triton import sparse_decode as sparse
 
     p = inputs.problem
     kv_bytes = 2 * p.rows * p.head_dim * inputs.item
-    count = torch.full((p.batch, p.num_kv_heads), p.kept, dtype=torch.int32, device=inputs.device)
-    every = Retrieval(inputs, 0)
-    every.gate()
+
+    @functools.cache
+    def every() -> Retrieval:
+        return Retrieval(inputs, 1.0)
 
     def sparse_call(config: DecodeConfig, i: int) -> None:
-        indices = inputs.indices[i % len(inputs.indices)]
-        sparse(*inputs.kv(i), indices, count, None, inputs.scale, config)
+        sparse(*inputs.kv(i), inputs.indices[i % inputs.sets], inputs.count, None, inputs.scale, config)
 
     def dense_call(config: DecodeConfig, i: int) -> None:
         dense(*inputs.kv(i), None, inputs.scale, config)
 
     def scan_call(config: ScanConfig, i: int) -> None:
         query, keys, _ = inputs.kv(i)
-        launch.scan(query, keys, inputs.spans, every.scratch, inputs.scale, config)
+        launch.scan(query, keys, inputs.spans, every().scratch, inputs.scale, config)
 
     def select_call(config: SelectConfig, i: int) -> None:
-        launch.select(
-            p.num_kv_heads, inputs.spans, every.budget, every.rule, every.state, every.scratch, config
-        )
+        made = every()
+        launch.select(p.num_kv_heads, inputs.spans, made.budget, made.rule, made.state, made.scratch, config)
 
-    def row(name: str, call: Callable[[Any, int], None], config: Any, num_bytes: int) -> Row:
-        many = max(len(inputs.keys), len(inputs.indices)) if name == "sparse" else 0
-        rotation = functools.partial(inputs.rotate, functools.partial(call, config), many)
-        return run_case(p, f"tune {name} {dataclasses.astuple(config)}", num_bytes, rotation)
+    def case(name: str, call: Callable[[Any, int], None], config: Any, num_bytes: int) -> Case:
+        def prepare() -> Calls:
+            if name in ("scan", "select"):
+                every().fill_work_list()
+            if name == "select":
+                query, keys, _ = inputs.kv(0)
+                launch.scan(query, keys, inputs.spans, every().scratch, inputs.scale)
+                launch.weigh(p.num_kv_heads, inputs.spans, LOCAL, every().state, every().scratch, keys.device)
+            many = max(inputs.copies, inputs.sets) if name == "sparse" else 0
+            return inputs.rotate(functools.partial(call, config), many)
 
-    base = scan_config(p.head_dim, inputs.keys.dtype, p.rows, p.n, inputs.keys.device)
+        return Case(f"tune {name} {dataclasses.astuple(config)}", "tune", num_bytes, prepare)
+
+    base = scan_config(p.head_dim, inputs.dtype, p.rows, p.n, torch.device(inputs.device))
     for tile in [(64, 4, 3), (64, 4, 4), (32, 2, 4), (128, 8, 3), (32, 4, 4)]:
         for splits in (2, 4, 6, 8, 16):
-            yield row("sparse", sparse_call, DecodeConfig(*tile, splits), kv_bytes * p.kept)
+            yield case("sparse", sparse_call, DecodeConfig(*tile, splits), kv_bytes * p.kept)
     for tile in [(64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 4, 3), (128, 8, 4), (32, 2, 5)]:
         for programs in (base.programs // 2, base.programs, base.programs * 2):
-            yield row("scan", scan_call, ScanConfig(*tile, base.chunk, programs), kv_bytes // 2 * p.n)
-    every.scratch.work[1] = p.rows  # what the scan hands on
-    launch.weigh(p.num_kv_heads, inputs.spans, LOCAL, every.state, every.scratch, inputs.keys.device)
+            yield case("scan", scan_call, ScanConfig(*tile, base.chunk, programs), kv_bytes // 2 * p.n)
     for block, small, pack, warps in [
         (32768, 2048, 8192, 16),
         (32768, 2048, 4096, 16),
         (8192, 2048, 8192, 16),
     ]:
         shape = SelectConfig(block, small, pack, block == 32768, warps)
-        yield row("select", select_call, shape, 4 * p.rows * p.n)
+        yield case("select", select_call, shape, 4 * p.rows * p.n)
     for tile in [(64, 4, 3), (64, 4, 4), (128, 8, 3)]:
         for splits in (4, 6, 8, 16):
-            yield row("dense", dense_call, DecodeConfig(*tile, splits), kv_bytes * p.n)
-    every.scratch.work.zero_()
+            yield case("dense", dense_call, DecodeConfig(*tile, splits), kv_bytes * p.n)

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 CALLS = 16  # per graph, so that starting the graph is a small part of each
+REPLAYS = 20
 CACHE_BYTES = 256 * 2**20  # what must pass between two uses of a buffer: several times the L2 of any card
+Calls = Sequence[Callable[[], object]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,12 @@ class Timing:
     p50: float
     p80: float
 
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        """Percentiles of samples in microseconds."""
+        ordered = sorted(samples)
+        return cls(*(ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8)))
+
 
 def copies_for(num_bytes: int) -> int:
     """How many copies of a buffer of this size make a rotation that L2 cannot hold."""
@@ -27,40 +35,65 @@ def copies_for(num_bytes: int) -> int:
 
 
 def measure(
-    calls: Sequence[Callable[[], object]], replays: int = 20, before: Callable[[], object] | None = None
+    calls: Calls, device: str, replays: int = REPLAYS, before: Callable[[], object] | None = None
 ) -> Timing:
     """Time per call of a rotation of calls that do the same work on different buffers.
 
     On a GPU the calls are captured into one graph after a first run of each, which compiles. On the CPU, in
-    the interpreter, they are called once: a trial of the script, not a measurement. `before` runs before
+    the interpreter, they are called once: a trial of the benchmark, not a measurement. `before` runs before
     every replay and is not timed.
     """
-    if not torch.cuda.is_available():
+    if device == "cpu":
         began = time.perf_counter()
         for call in calls:
             call()
-        spent = (time.perf_counter() - began) * 1e6 / len(calls)
-        return Timing(spent, spent, spent)
+        return Timing.of([(time.perf_counter() - began) * 1e6 / len(calls)])
+    rounds = -(-CALLS // len(calls))
+    graph = capture(calls, rounds)
+    spent = replay_times(graph.replay, replays, before)
+    return Timing.of([each / (rounds * len(calls)) for each in spent])
+
+
+def capture(calls: Calls, rounds: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `rounds` times the calls, each of which has run once before."""
     for call in calls:
         call()
     torch.cuda.synchronize()
-    rounds = -(-CALLS // len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
             for call in calls:
                 call()
+    return graph
+
+
+def replay_times(
+    run: Callable[[], object], replays: int, before: Callable[[], object] | None = None
+) -> list[float]:
+    """Microseconds of each of `replays` runs of device work, after three that warm up."""
     for _ in range(3):
-        graph.replay()
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)
-    ]
+        run()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
     for start, end in events:
         if before is not None:
             before()
         start.record()
-        graph.replay()
+        run()
         end.record()
     torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(end) * 1e3 / (rounds * len(calls)) for start, end in events)
-    return Timing(*(times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8)))
+    return [start.elapsed_time(end) * 1e3 for start, end in events]
+
+
+def copy_time(device: str) -> Timing:
+    """Time of a kernel that copies `COPY_BYTES` bytes, half of them read and half written.
+
+    Not `copy_`: on an H200 that reached 2.7 TB/s where attention reads at 4.5.
+    """
+    size = copy_bytes(device) // 8
+    source, target = (torch.ones(size, device=device) for _ in range(2))
+    return measure([lambda: torch.mul(source, 1.5, out=target)], device)
+
+
+def copy_bytes(device: str) -> int:
+    """Bytes read and written by `copy_time`: far more than L2."""
+    return 2**31 if device != "cpu" else 2**21

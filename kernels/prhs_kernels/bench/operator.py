@@ -1,0 +1,127 @@
+"""`prhs bench operator`: one layer's decode step and its parts, against every dense rival."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from prhs_kernels.bench import timing
+from prhs_kernels.bench.cases import Case, Inputs, Problem, Row, run, sparse_cases
+from prhs_kernels.bench.dense_cases import dense_cases, slow_to_start_cases
+from prhs_kernels.bench.report import tables
+from prhs_kernels.bench.retrieval_cases import layer_cases, stage_cases, tuning_cases
+from prhs_kernels.bench.session import Record, Session, free_bytes
+from prhs_kernels.bench.shapes import TOY, Point, find
+from prhs_kernels.errors import UsageError
+
+__all__ = ["RATIOS", "Plan", "cost", "default_points", "measure", "tables", "toy_points"]
+
+RATIOS = (0.0, 1 / 16, 1 / 8, 1.0)  # of the rows that retrieve
+ASSUMED_RATE = 4e12  # bytes per second, for the estimate of a dry run
+CASE_SECONDS, SLOW_SECONDS = 1.5, 20.0  # to compile and check a case; one that torch compiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to measure: every point with every retrieval ratio. `tune`: other launch shapes as well."""
+
+    points: tuple[Point, ...]
+    ratios: tuple[float, ...]
+    tune: bool = False
+
+    def __post_init__(self) -> None:
+        for ratio in self.ratios:
+            if not 0 <= ratio <= 1:
+                raise UsageError(f"retrieval ratio {ratio:g} is not between 0 and 1")
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [Problem.of(point) for point in self.points]
+
+
+def default_points() -> tuple[Point, ...]:
+    """What the targets are about, most important first; the second is the paper's point."""
+    llama, paper = find("llama-3-8b"), find("llama-2-7b")
+    return (
+        Point(llama, 8, 32768, 1024),
+        Point(paper, 16, 2048, 256),
+        Point(llama, 8, 16384, 1024),
+        Point(llama, 8, 4096, 1024),
+    )
+
+
+def toy_points() -> tuple[Point, ...]:
+    """For the interpreter, where a real size would take days."""
+    return (Point(TOY, 1, 96, 60),)
+
+
+def passes(plan: Plan) -> list[Callable[[Inputs], Iterator[Case]]]:
+    """Groups of cases; every problem has had one before the next begins."""
+
+    def main(inputs: Inputs) -> Iterator[Case]:
+        yield from sparse_cases(inputs)
+        yield from dense_cases(inputs)
+        yield from layer_cases(inputs, plan.ratios)
+        yield from stage_cases(inputs)
+
+    return [main, slow_to_start_cases, *([tuning_cases] if plan.tune else [])]
+
+
+def measure(plan: Plan, session: Session, device: str, dtype: torch.dtype) -> bool:
+    """Run what the session does not have yet; False if it ran out of time before the end."""
+    spent = timing.copy_time(device)
+    rate = timing.copy_bytes(device) / spent.p50
+    work = [(group, problem) for group in passes(plan) for problem in plan.problems]
+    total = sum(1 for group, problem in work for _ in group(Inputs(problem, dtype, device)))
+    done = 0
+    for group, problem in work:
+        inputs = Inputs(problem, dtype, device)
+        for case in group(inputs):
+            done += 1
+            key = case.key(problem)
+            if session.has(key):
+                continue
+            if session.out_of_time():
+                return False
+            session.progress("bench operator", done - 1, total)
+            row = _short_of_memory(case, inputs, device) or run(case, problem, device)
+            session.keep(record(row, key, rate))
+        del inputs
+        gc.collect()
+    session.progress("bench operator", total, total)
+    return True
+
+
+def _short_of_memory(case: Case, inputs: Inputs, device: str) -> Row | None:
+    """A row that says how much was needed, where it is clear beforehand that memory does not do."""
+    free = free_bytes(device)
+    if free is None or "keys" in vars(inputs) or inputs.num_bytes <= free:
+        return None
+    error = f"needs about {inputs.num_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    return Row(inputs.problem, case.name, case.kind, case.num_bytes, status="out of memory", error=error)
+
+
+def record(row: Row, key: str, rate: float) -> Record:
+    """The row as JSON; copy_rate: bytes per microsecond of a copying kernel in the same run."""
+    return {"key": key, **dataclasses.asdict(row), "copy_rate": rate}
+
+
+def cost(plan: Plan, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Estimate per problem, without touching a device: cases, seconds, peak GiB."""
+    rows = []
+    for problem in plan.problems:
+        inputs = Inputs(problem, dtype, "cuda")
+        seconds, count = 0.0, 0
+        for group in passes(dataclasses.replace(plan, tune=False)):
+            for case in group(inputs):
+                calls = timing.CALLS * (timing.REPLAYS + 4)
+                slow = group is slow_to_start_cases
+                seconds += calls * case.num_bytes / ASSUMED_RATE + (SLOW_SECONDS if slow else CASE_SECONDS)
+                count += 1
+        memory = inputs.num_bytes / 2**30
+        rows.append({"problem": str(problem), "cases": count, "seconds": seconds, "gib": memory})
+    return rows

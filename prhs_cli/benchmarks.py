@@ -1,0 +1,177 @@
+"""Running a benchmark from the command line: its grid, a result file that grows row by row, its tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from prhs_cli.errors import Interrupted
+from prhs_cli.output import Output, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from prhs_kernels.bench.session import Record
+
+CONTEXT = 32768
+DEFAULT_GRID = {"shapes": ("llama-3-8b",), "batches": (8,), "contexts": (CONTEXT,), "kept": (1024,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line; None where the default applies."""
+
+    what: str
+    shapes: tuple[str, ...] | None = None
+    batches: tuple[int, ...] | None = None
+    contexts: tuple[int, ...] | None = None
+    kept: tuple[float, ...] | None = None
+    ratios: tuple[float, ...] | None = None
+    bundle: Path | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def module(self) -> ModuleType:
+        """The benchmark: `Plan`, `measure`, `cost`, `tables`, `default_points`, `toy_points`."""
+        import importlib
+
+        return importlib.import_module(f"prhs_kernels.bench.{self.what}")
+
+    def plan(self, toy: bool) -> Any:
+        """Points of the grid with the ratios; UsageError or InputError for what cannot be meant."""
+        kept, ratios = self.kept, self.ratios or self.module.RATIOS
+        if self.bundle is not None:
+            kept, ratios = self._calibrated(max(self.contexts or (CONTEXT,)))
+        asked: dict[str, Any] = {
+            "shapes": self.shapes, "batches": self.batches, "contexts": self.contexts, "kept": kept
+        }  # fmt: skip
+        given = {name: values for name, values in asked.items() if values}
+        if toy:
+            points = self.module.toy_points()
+        elif given:
+            from prhs_kernels.bench import shapes
+
+            grid: dict[str, Any] = DEFAULT_GRID | given
+            points = shapes.grid(**grid)
+        else:
+            points = self.module.default_points()
+        return self.module.Plan(points, tuple(ratios), **self.options)
+
+    def _calibrated(self, context: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        from prhs_calibration.bundle import Bundle
+        from prhs_calibration.operating_point import operating_point
+
+        assert self.bundle is not None
+        found = operating_point(Bundle.load(self.bundle), context)
+        return self.kept or (found.kept,), self.ratios or (found.retrieval_ratio,)
+
+
+def estimate(request: Request, dtype: str) -> tuple[dict[str, Any], list[RenderableType | str]]:
+    """Cost in time and memory; no device is touched."""
+    from prhs_kernels.bench.session import choose_dtype
+
+    rows = request.module.cost(request.plan(toy=False), choose_dtype(dtype, "cuda"))
+    total = sum(row["seconds"] for row in rows)
+    shown = table(list(rows[0]), [list(row.values()) for row in rows], title="estimated cost on an H200")
+    return {"seconds": total, "cases": rows}, [shown, f"about {total:.0f} s in all"]
+
+
+def run(
+    out: Output, request: Request, output: Path | None, *, device: str, dtype: str, seconds: float | None
+) -> tuple[Path, dict[str, Any]]:
+    """Measure what the result file does not hold yet; return its path and content."""
+    from prhs_kernels.bench.session import Session, choose_device, choose_dtype, device_name
+
+    place = choose_device(device)
+    kind, number = f"bench-{request.what}", choose_dtype(dtype, place)
+    if place == "cpu":
+        out.note(
+            "no GPU: a trial at toy size in triton's interpreter, its times mean nothing; sizes are not used"
+        )
+    plan = request.plan(toy=place == "cpu")
+    facts = {"device": device_name(place), "dtype": str(number).removeprefix("torch.")}
+    result = File.open(out, output, kind, plan, facts)
+    session = Session(result.rows, result.write, seconds=seconds)
+    try:
+        with out.progress() as session.progress:
+            complete = request.module.measure(plan, session, place, number)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted: {len(session.rows)} rows are kept in {result.path}; the same command goes on there"
+        ) from None
+    if not complete:
+        out.note("out of time; the same command goes on with the cases that are left")
+    return result.path, result.write(session.rows, complete=complete)
+
+
+class File:
+    """A result file that is whole after every row, and that a later run of the same conditions continues."""
+
+    def __init__(self, path: Path, kind: str, conditions: dict[str, Any], rows: list[Record]) -> None:
+        self.path, self.kind, self.conditions, self.rows = path, kind, conditions, rows
+
+    @classmethod
+    def open(cls, out: Output, asked: Path | None, kind: str, plan: Any, facts: dict[str, Any]) -> File:
+        """The asked file, else this user's newest unfinished one of these conditions, else a new one."""
+        from prhs_calibration import results
+        from prhs_kernels.bench.session import source_hash
+
+        conditions = results.conditions(**facts, code=source_hash(), plan=_plain(plan))
+        found = (
+            asked if asked is not None and asked.exists() else results.newest(kind) if asked is None else None
+        )
+        rows: list[Record] = []
+        if found is not None:
+            old = results.read_result(found, kind=kind)
+            different = _difference(old["conditions"], conditions)
+            if not different and not (asked is None and old["data"]["complete"]):
+                rows = old["data"]["rows"]
+                asked = found
+                out.note(f"continuing {found}: {len(rows)} rows are done")
+            elif asked is not None and different:
+                out.note(f"{asked} was measured under another {different}: starting anew")
+        return cls(results.output_path(asked, kind), kind, conditions, rows)
+
+    def write(self, rows: list[Record], complete: bool = False) -> dict[str, Any]:
+        """Write all rows with what follows from them; return the content of the file."""
+        from prhs_calibration import results
+        from prhs_kernels.bench.report import derive
+
+        data = {"complete": complete, "rows": derive(rows, self.conditions["device"])}
+        results.write_result(self.path, self.kind, self.conditions, data)
+        return results.envelope(self.kind, self.conditions, data)
+
+
+def rendered(request: Request, result: dict[str, Any]) -> list[RenderableType | str]:
+    """The tables of a result, each followed by its notes."""
+    parts: list[RenderableType | str] = []
+    for drawn in request.module.tables(result["data"]["rows"], result["conditions"]["device"]):
+        parts += [table(drawn.columns, drawn.rows, title=drawn.title), *drawn.notes]
+    return parts
+
+
+def wrong(result: dict[str, Any]) -> list[str]:
+    """Keys of the rows whose result was wrong."""
+    return [row["key"] for row in result["data"]["rows"] if row["status"] == "wrong"]
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first condition in which two runs differ, of those that the figures depend on."""
+    for name in ("device", "dtype", "plan", "code"):
+        if old.get(name) != new[name]:
+            return name
+    for name in ("torch", "triton"):
+        if old.get("versions", {}).get(name) != new["versions"][name]:
+            return name
+    return ""
+
+
+def _plain(plan: Any) -> Any:
+    """As it will be read back from JSON."""
+    import json
+
+    from prhs_calibration import results
+
+    return json.loads(results.to_json(dataclasses.asdict(plan)))

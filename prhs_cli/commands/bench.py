@@ -1,0 +1,119 @@
+"""`prhs bench`: times of the kernels and of whole decode steps against dense attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import typer
+
+from prhs_cli import benchmarks, errors, options
+from prhs_cli.output import Output
+
+Number = TypeVar("Number", int, float)
+
+EPILOG = """\b
+Examples:
+  prhs bench operator                                one layer: kernels, dense rivals, sparse peers
+  prhs bench operator --shape llama-2-7b --batch 16 --context 2048,8192 --kept 1/8 --retrieval 0,1/16,1
+  prhs bench operator --dry-run                      cost in time and memory
+  TRITON_INTERPRET=1 prhs bench operator             a trial at toy size without a GPU
+Shapes: llama-2-7b, llama-3-8b, llama-3-70b-tp8, mistral-7b, qwen2.5-7b, qwen3-8b; weights are random.
+Exit code 1: a kernel gave a wrong result (it is not timed then)."""
+
+
+def command(
+    what: Annotated[Literal["operator"], typer.Argument(help="What to measure.", show_default=False)],
+    shape: Annotated[
+        str | None, typer.Option(metavar="A,B,…", help="Model shapes.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(metavar="N,M,…", help="Sequences per step.", show_default=False)
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(metavar="N,M,…", help="Positions in the cache.", show_default=False)
+    ] = None,
+    kept: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X,Y,…", help="Kept positions per KV head, or a fraction such as 1/8.", show_default=False
+        ),
+    ] = None,
+    retrieval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X,Y,…",
+            help="Retrieval ratios ρ: fraction of KV heads that choose anew in a step.",
+            show_default=False,
+        ),
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle",
+            "-b",
+            metavar="BUNDLE",
+            help="Take kept fraction and ρ from this bundle.",
+            show_default=False,
+        ),
+    ] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="Time other launch shapes as well.")] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="N", help="Begin no case after this time.", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the cost in time and memory.")
+    ] = False,
+    output: options.ResultOutput = None,
+    device: options.Device = "auto",
+    dtype: options.BenchDtype = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure decode attention on a GPU, every result checked against the reference before it is timed.
+
+    Without sizes: those of the project's targets. Every row has its byte floor (bytes over the bandwidth of a
+    copying kernel in the same run) and its ratio to the fastest dense attention. The result file is written
+    after every case; an interrupted run continues when the same command is given again.
+    """
+    out = Output(as_json=as_json, quiet=quiet)
+    request = benchmarks.Request(
+        what,
+        tuple(options.split_list(shape)) if shape else None,
+        _numbers(batch, int, "--batch", "1,8,16"),
+        _numbers(context, int, "--context", "4096,32768"),
+        _numbers(kept, _fraction, "--kept", "1024,1/8"),
+        _numbers(retrieval, _fraction, "--retrieval", "0,1/16,1"),
+        bundle,
+        {"tune": tune},
+    )
+    if dry_run:
+        cost, parts = benchmarks.estimate(request, dtype)
+        return out.result(cost, *parts)
+    path, result = benchmarks.run(out, request, output, device=device, dtype=dtype, seconds=seconds)
+    out.result(result, *benchmarks.rendered(request, result), f"wrote {path}")
+    if benchmarks.wrong(result):
+        raise typer.Exit(errors.VIOLATED)
+
+
+def _fraction(text: str) -> float:
+    value = float(Fraction(text))
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def _numbers(
+    text: str | None, read: Callable[[str], Number], option: str, example: str
+) -> tuple[Number, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(read(part) for part in options.split_list(text))
+    except (ValueError, ZeroDivisionError):
+        raise typer.BadParameter(
+            f"{text!r} is not a list of numbers such as {example}", param_hint=option
+        ) from None
