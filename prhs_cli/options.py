@@ -72,7 +72,8 @@ Dtype = Annotated[
     ),
 ]
 BenchDtype = Annotated[
-    str, typer.Option(metavar="DTYPE", help="`auto` (bfloat16), `bfloat16`, `float16` or `float32`.")
+    str,
+    typer.Option("--dtype", metavar="DTYPE", help="`auto` (bfloat16), `bfloat16`, `float16` or `float32`."),
 ]
 Seed = Annotated[
     int,

@@ -27,23 +27,28 @@ Exit code 1: a kernel gave a wrong result (it is not timed then)."""
 def command(
     what: Annotated[Literal["operator"], typer.Argument(help="What to measure.", show_default=False)],
     shape: Annotated[
-        str | None, typer.Option(metavar="A,B,…", help="Model shapes.", show_default=False)
+        str | None, typer.Option("--shape", metavar="A,B,…", help="Model shapes.", show_default=False)
     ] = None,
     batch: Annotated[
-        str | None, typer.Option(metavar="N,M,…", help="Sequences per step.", show_default=False)
+        str | None, typer.Option("--batch", metavar="N,M,…", help="Sequences per step.", show_default=False)
     ] = None,
     context: Annotated[
-        str | None, typer.Option(metavar="N,M,…", help="Positions in the cache.", show_default=False)
+        str | None,
+        typer.Option("--context", metavar="N,M,…", help="Positions in the cache.", show_default=False),
     ] = None,
     kept: Annotated[
         str | None,
         typer.Option(
-            metavar="X,Y,…", help="Kept positions per KV head, or a fraction such as 1/8.", show_default=False
+            "--kept",
+            metavar="X,Y,…",
+            help="Kept positions per KV head, or a fraction such as 1/8.",
+            show_default=False,
         ),
     ] = None,
     retrieval: Annotated[
         str | None,
         typer.Option(
+            "--retrieval",
             metavar="X,Y,…",
             help="Retrieval ratios ρ: fraction of KV heads that choose anew in a step.",
             show_default=False,
@@ -62,7 +67,9 @@ def command(
     tune: Annotated[bool, typer.Option("--tune", help="Time other launch shapes as well.")] = False,
     seconds: Annotated[
         float | None,
-        typer.Option(min=0, metavar="N", help="Begin no case after this time.", show_default=False),
+        typer.Option(
+            "--seconds", min=0, metavar="N", help="Begin no case after this time.", show_default=False
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print the cost in time and memory.")
