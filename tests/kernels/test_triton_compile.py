@@ -79,5 +79,7 @@ def test_key_and_value_tiles_are_both_in_flight() -> None:
 
 def test_a_table_counts_every_kernel() -> None:
     count = collections.Counter(case.kernel for case in full_grid())
-    assert set(count) == {"sparse_decode", "dense_decode", "merge_state", "gate", "scan", "weigh", "select"}
+    decode = {"sparse_decode", "dense_decode", "merge_state", "gate", "scan", "weigh", "select"}
+    assert set(count) == decode | {"window_prefill"}
+    assert count["window_prefill"] == len(ARCHITECTURES) * 6 * 3
     assert count["scan"] == count["sparse_decode"] == len(ARCHITECTURES) * 5 * 3 * 4

@@ -27,6 +27,8 @@ from prhs_kernels.ops.backend import HEAD_DIMS, has_triton, interpreted
 from prhs_kernels.ops.decode_config import DecodeConfig, max_registers, next_power_of_2, precision, tile
 from prhs_kernels.ops.retrieve.config import scan_tile, select_config
 from prhs_kernels.ops.retrieve.state import chunk_size
+from prhs_kernels.ops.window_prefill.api import PREFILL_HEAD_DIMS
+from prhs_kernels.ops.window_prefill.config import prefill_config
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("bf16", "fp16", "fp32")
@@ -69,6 +71,8 @@ def full_grid() -> list[Case]:
     heads = list(itertools.product(ARCHITECTURES, HEAD_DIMS, DTYPES, GROUPS))
     cases = [Case(k, *axes) for k in ("sparse_decode", "dense_decode", "scan", "gate") for axes in heads]
     cases += [Case("merge_state", a, d, t) for a, d, t in itertools.product(ARCHITECTURES, HEAD_DIMS, DTYPES)]
+    prefill = itertools.product(ARCHITECTURES, PREFILL_HEAD_DIMS, DTYPES)
+    cases += [Case("window_prefill", a, d, t) for a, d, t in prefill]
     for arch, length in itertools.product(ARCHITECTURES, ROW_LENGTHS):
         cases += [Case("weigh", arch, group=group, length=length) for group in GROUPS]
         cases.append(Case("select", arch, length=length))
@@ -105,7 +109,7 @@ def compile_case(case: Case) -> Usage:
     from triton.compiler import ASTSource
 
     kernel, constants, options = _KERNELS[case.kernel](case)
-    if case.kernel not in ("sparse_decode", "scan"):  # as they are launched
+    if case.kernel not in ("sparse_decode", "scan", "window_prefill"):  # as they are launched
         options["maxnreg"] = max_registers(options["num_warps"])
     names = kernel.arg_names
     source = ASTSource(
@@ -131,7 +135,7 @@ _POINTERS = {
     "block_ptr": "i32", "anchor_slot_ptr": "i32", "decision_ptr": "i32", "work_ptr": "i32",
     "weights_ptr": "i32", "words_ptr": "i32", "dilation_ptr": "i32", "lse_ptr": "fp32", "part_ptr": "fp32",
     "part_lse_ptr": "fp32", "tau_ptr": "fp32", "scores_ptr": "fp32", "chunk_max_ptr": "fp32",
-    "chunk_sum_ptr": "fp32",
+    "chunk_sum_ptr": "fp32", "padding_ptr": "i64", "fraction_ptr": "fp64",
 }  # fmt: skip
 
 
@@ -188,6 +192,16 @@ def _merge(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     return merge_state_kernel, {"HEAD_DIM": case.head_dim, "BLOCK_D": padded, "BLOCK_S": 16}, {"num_warps": 2}
 
 
+def _prefill(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    from prhs_kernels.ops.window_prefill.triton import window_prefill_kernel
+
+    dtype = TORCH_DTYPES[case.dtype]
+    config = prefill_config(case.head_dim, dtype, case.arch)
+    constants = config.constants(torch.empty(1, 1, 1, case.head_dim, dtype=dtype, device="meta"))
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    return window_prefill_kernel, constants, options
+
+
 def _gate(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     from prhs_kernels.ops.retrieve.triton import gate_kernel
 
@@ -238,6 +252,7 @@ _KERNELS: dict[str, Callable[[Case], tuple[Any, dict[str, Any], dict[str, int]]]
     "sparse_decode": _sparse,
     "dense_decode": _dense,
     "merge_state": _merge,
+    "window_prefill": _prefill,
     "gate": _gate,
     "scan": _scan,
     "weigh": _weigh,

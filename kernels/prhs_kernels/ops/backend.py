@@ -73,10 +73,12 @@ def check_like(
         raise UsageError(f"{name}: expected dtype {' or '.join(map(str, wanted))}, got {tensor.dtype}")
 
 
-def check_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Checks of one decode step: query `[batch, num_qo_heads, 1, head_dim]`, keys and values
-    `[batch, num_kv_heads, n, head_dim]`, one dtype, one device, heads that form groups."""
-    check_shape("query", query, (None, None, 1, None))
+def check_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, steps: int | None = 1
+) -> None:
+    """Checks of attention: query `[batch, num_qo_heads, steps, head_dim]` (any number of steps for None), keys
+    and values `[batch, num_kv_heads, n, head_dim]`, one dtype, one device, heads that form groups."""
+    check_shape("query", query, (None, None, steps, None))
     batch, num_qo_heads, _, head_dim = query.shape
     check_shape("keys", keys, (batch, None, None, head_dim))
     check_shape("values", values, (batch, keys.shape[1], keys.shape[2], head_dim))
@@ -87,13 +89,15 @@ def check_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tenso
         raise UsageError(f"num_qo_heads = {num_qo_heads} is not a multiple of num_kv_heads = {num_kv_heads}")
 
 
-def check_kernel_limits(query: torch.Tensor, *caches: torch.Tensor) -> None:
+def check_kernel_limits(
+    query: torch.Tensor, *caches: torch.Tensor, head_dims: tuple[int, ...] = HEAD_DIMS
+) -> None:
     """What the kernels can do beyond the reference: raise `UsageError` outside of it."""
     group, head_dim = query.shape[1] // caches[0].shape[1], query.shape[-1]
     if query.dtype not in KERNEL_DTYPES:
         raise UsageError(f"query: expected dtype float32, float16 or bfloat16, got {query.dtype}")
-    if head_dim not in HEAD_DIMS:
-        raise UsageError(f"head_dim = {head_dim}: the kernels know {', '.join(map(str, HEAD_DIMS))}")
+    if head_dim not in head_dims:
+        raise UsageError(f"head_dim = {head_dim}: the kernels know {', '.join(map(str, head_dims))}")
     if group > MAX_GROUP:
         raise UsageError(f"{group} query heads per KV head: the kernels take at most {MAX_GROUP}")
     for cache in caches:

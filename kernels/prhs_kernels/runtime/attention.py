@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.sparse_decode import reference as decode
-from prhs_kernels.ops.window_prefill.reference import window_prefill
+from prhs_kernels.ops.window_prefill.api import window_prefill
 from prhs_kernels.runtime.cache import PrhsCache
 from prhs_kernels.selectors import cis
 from prhs_kernels.selectors.base import Rows, candidates
@@ -115,15 +115,23 @@ def _prefill(
 ) -> torch.Tensor:
     params, layer = cache.params, module.layer_idx
     assert isinstance(layer, int)
-    windowed = params.depth is not None and params.depth.window_fraction(layer, params.num_layers) > 0
+    fraction = 0.0 if params.depth is None else params.depth.window_fraction(layer, params.num_layers)
     whole = query.shape[2] == key.shape[2] or params.layer is None
-    if not windowed and whole:
+    if fraction == 0.0 and whole:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return output
     out = window_prefill(
-        query, key, value, lambda chunk: candidates(rows.part(chunk), params, layer), scaling
+        query,
+        key,
+        value,
+        scale=scaling,
+        padding=rows.padding,
+        window_fraction=fraction,
+        num_sinks=params.num_sinks,
+        num_local=params.num_local,
+        sliding_window=rows.sliding_window,
     )
     return out.transpose(1, 2)
 

@@ -50,10 +50,6 @@ class Rows:
             mask &= keys > queries - self.sliding_window
         return mask
 
-    def part(self, rows: slice) -> Rows:
-        """The same layer, some of its query rows."""
-        return dataclasses.replace(self, slots=self.slots[rows])
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choice:

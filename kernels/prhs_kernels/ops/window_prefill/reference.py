@@ -1,8 +1,6 @@
-"""Prefill attention over a per-layer window with sinks, by chunks of queries: no T x T mask is made."""
+"""Prefill attention over a window with sinks in plain PyTorch, by chunks of queries: no T x T mask is made."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
@@ -13,29 +11,48 @@ def window_prefill(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    visible: Callable[[slice], torch.Tensor],
+    padding: torch.Tensor,
+    *,
     scale: float,
+    window_fraction: float,
+    num_sinks: int,
+    num_local: int,
+    sliding_window: int | None,
 ) -> torch.Tensor:
-    """Scaled dot product attention where query row i sees the keys of `visible`.
-
-    Args:
-        query: `[batch, num_qo_heads, steps, head_dim]`.
-        keys, values: `[batch, num_kv_heads, n, head_dim]`.
-        visible: rows -> `[batch, rows, n]` bool, the positions those query rows see.
-
-    Returns:
-        `[batch, num_qo_heads, steps, head_dim]`; a row that sees nothing (padding) is 0.
-    """
+    """Arguments and result as in `api.window_prefill`; any dtype that PyTorch's attention takes."""
+    steps, n = query.shape[2], keys.shape[2]
     group = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
-    chunks = []
-    for start in range(0, query.shape[2], QUERY_CHUNK):
-        rows = slice(start, min(start + QUERY_CHUNK, query.shape[2]))
-        mask = visible(rows)
+    output = torch.empty_like(query)
+    for start in range(0, steps, QUERY_CHUNK):
+        end = min(start + QUERY_CHUNK, steps)
+        slots = torch.arange(n - steps + start, n - steps + end, device=query.device)
+        mask = visible(slots, padding, n, window_fraction, num_sinks, num_local, sliding_window)
         empty = ~mask.any(dim=-1, keepdim=True)
         # SDPA gives NaN for a row without keys; let padding rows see everything and zero them after
         out = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, rows], keys, values, attn_mask=(mask | empty).unsqueeze(1), scale=scale
+            query[:, :, start:end], keys, values, attn_mask=(mask | empty).unsqueeze(1), scale=scale
         )
-        chunks.append(out.masked_fill(empty.unsqueeze(1), 0.0))
-    return torch.cat(chunks, dim=2)
+        output[:, :, start:end] = out.masked_fill(empty.unsqueeze(1), 0.0)
+    return output
+
+
+def visible(
+    slots: torch.Tensor,
+    padding: torch.Tensor,
+    n: int,
+    window_fraction: float,
+    num_sinks: int,
+    num_local: int,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """What the queries at `slots` (`[rows]`) see of n cache slots: `[batch, rows, n]` bool."""
+    position = (slots[None, :] - padding[:, None]).unsqueeze(-1)
+    key = (torch.arange(n, device=slots.device)[None, :] - padding[:, None]).unsqueeze(1)
+    # float64, so that floor() agrees with `SelectorParams.window_start` on every device
+    start = (position.double() * window_fraction).floor().long()
+    mask = (key >= 0) & (key <= position)
+    mask &= (key < num_sinks) | (key >= start) | (key > position - num_local)
+    if sliding_window is not None:
+        mask &= key > position - sliding_window
+    return mask
