@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from prhs_kernels.bench.prefill_cases import visible_pairs
 from prhs_kernels.errors import ResourceError, UsageError
 from prhs_kernels.ops.window_prefill import reference
 from prhs_kernels.ops.window_prefill.api import window_prefill
@@ -84,6 +85,13 @@ def test_the_mask_is_what_the_selectors_call_candidates(depth: DepthParams, slid
             wanted = candidates(Rows(slots, padding, n, sliding), params, layer)
             fraction = depth.window_fraction(layer, params.num_layers)
             assert torch.equal(reference.visible(slots, padding, n, fraction, 3, 5, sliding), wanted)
+
+
+@pytest.mark.parametrize("window", [(0.0, 0, 1), (0.25, 4, 32), (0.9, 0, 1), (0.5, 50, 3)])
+@pytest.mark.parametrize("tokens", [1, 5, 333])
+def test_benchmarks_count_the_pairs_of_the_mask(tokens: int, window: tuple[float, int, int]) -> None:
+    mask = reference.visible(torch.arange(tokens), torch.zeros(1).long(), tokens, *window, None)
+    assert visible_pairs(tokens, *window) == int(mask.sum())
 
 
 @pytest.mark.parametrize(

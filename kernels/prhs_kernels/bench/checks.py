@@ -16,6 +16,8 @@ from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalState
 from prhs_kernels.ops.spans import candidate_spans, span_mask
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.ops.sparse_decode.reference import kept_indices
+from prhs_kernels.ops.window_prefill import reference as prefill_reference
+from prhs_kernels.ops.window_prefill.api import window_prefill
 from prhs_kernels.testing.tolerances import assert_as_exact_as, sum_of_terms
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -55,6 +57,7 @@ def check(shape: Shape, device: str, toy: bool) -> Iterator[tuple[str, str]]:
         ("dense_decode", _dense),
         ("merge_state", _merge),
         ("retrieve", _retrieve),
+        ("window_prefill", _prefill),
     ):
         try:
             for length in lengths:
@@ -167,3 +170,23 @@ def _retrieve(shape: Shape, length: int, device: str) -> None:
             assert torch.equal(getattr(found, name), getattr(wanted, name)), f"{name} differs"
         different = (found.indices != wanted.indices) & ~behind
         assert not different.any(), f"{int(different.sum())} of {int((~behind).sum())} indices differ"
+
+
+def _prefill(shape: Shape, length: int, device: str) -> None:
+    """Whole prompts up to 1000 tokens, the last rows of longer ones; poison in what no row sees."""
+    batch, steps = (3, min(length, 1000)) if length <= 5000 else (1, 150)
+    _, keys, values = (tensor[:batch] for tensor in _inputs(shape, length, device))
+    query = _inputs(shape, length, device)[0][:batch].expand(-1, -1, steps, -1)
+    query = query * torch.linspace(-2, 2, steps, device=device, dtype=query.dtype)[:, None]
+    padding = torch.tensor([length // 7, 0, length // 2], device=device)[:batch]
+    slots = torch.arange(length - steps, length, device=device)
+    for fraction, sliding in ((0.0, None), (0.7, None), (0.4, 1 + length // 2)):
+        window = {"window_fraction": fraction, "num_sinks": 4, "num_local": 32, "sliding_window": sliding}
+        given = {"scale": shape.head_dim**-0.5, "padding": padding, **window}
+        stock = window_prefill(query, keys, values, **given, backend="reference")
+        wide = (query.double(), keys.double(), values.double())
+        exact = window_prefill(*wide, **given, backend="reference")
+        seen = prefill_reference.visible(slots, padding, length, fraction, 4, 32, sliding).any(dim=1)
+        dirty = [cache.masked_fill(~seen[:, None, :, None], torch.nan) for cache in (keys, values)]
+        found = window_prefill(query, *dirty, **given, backend="triton")
+        assert_as_exact_as(found, stock, exact, f"fraction {fraction}, sliding window {sliding}")

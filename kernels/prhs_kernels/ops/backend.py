@@ -76,7 +76,7 @@ def check_like(
 def check_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, steps: int | None = 1
 ) -> None:
-    """Checks of attention: query `[batch, num_qo_heads, steps, head_dim]` (any number of steps for None), keys
+    """Checks of attention: query `[batch, num_qo_heads, steps, head_dim]` (any number for None), keys
     and values `[batch, num_kv_heads, n, head_dim]`, one dtype, one device, heads that form groups."""
     check_shape("query", query, (None, None, steps, None))
     batch, num_qo_heads, _, head_dim = query.shape

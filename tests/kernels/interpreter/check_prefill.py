@@ -1,7 +1,8 @@
-"""The prefill kernel against the reference: in the interpreter without a GPU, compiled and in bf16 with one."""
+"""The prefill kernel against the reference: in the interpreter without a GPU, compiled with one."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import tempfile
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from prhs_kernels.bench import prefill_cases
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.window_prefill import reference
 from prhs_kernels.ops.window_prefill.api import window_prefill
@@ -33,7 +35,7 @@ WINDOWS: list[dict[str, Any]] = [
 
 
 def spread(*axes: list[Any]) -> list[tuple[Any, ...]]:
-    """Every value of every axis at least four times, partners drawn: the interpreter is too slow for the whole product."""
+    """Every value of every axis at least four times, partners drawn: the whole product takes too long."""
     count = 4 * max(len(axis) for axis in axes)
     shuffle = random.Random(0).sample
     columns = [shuffle((axis * count)[:count], count) for axis in axes]
@@ -178,6 +180,23 @@ def test_offsets_beyond_32_bits() -> None:
     query = room.as_strided((1, 1, 4, 64), (64, 64, stride, 1))
     rows = window_prefill(query, (values / 4).contiguous(), values, scale=1.0, backend="triton")
     assert (rows[0, 0, 3] == 4).all() and (rows[0, 0, 2] == 0).all()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiles FlexAttention; the benchmark itself runs there")
+def test_benchmark_rows_at_toy_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case of the toy problem is checked and has its figures; a wrong kernel is not timed."""
+    problem = dataclasses.replace(prefill_cases.TOY_PROBLEMS[0], tokens=100)
+    rows = list(prefill_cases.prefill_rows(problem, "cpu", torch.float16, (0.0, 0.5)))
+    assert [(row["case"], row["fraction"]) for row in rows] == [
+        ("sdpa math", 0.0), ("window_prefill", 0.0), ("window_prefill", 0.5),
+    ]  # fmt: skip
+    assert not any(row["error"] for row in rows) and all(row["tflops"] > 0 for row in rows)
+    assert rows[1]["flops"] == 4 * 4 * 64 * 100 * 101 // 2
+    mask = reference.visible(torch.arange(100), torch.zeros(1).long(), 100, 0.5, 4, 32, None)
+    assert rows[2]["flops_saved"] == pytest.approx(1 - int(mask.sum()) / 5050)
+    monkeypatch.setattr(prefill_cases, "_ours", lambda *_: lambda: lambda query, keys, values: query)
+    row = list(prefill_cases.prefill_rows(problem, "cpu", torch.float16, (0.5,)))[-1]
+    assert row["timing"] is None and row["error"].startswith("wrong result, not timed")
 
 
 def test_limits_of_the_kernel_are_named() -> None:

@@ -38,7 +38,7 @@ class PrefillConfig:
 def prefill_config(head_dim: int, dtype: torch.dtype, capability: int) -> PrefillConfig:
     """Largest tiles that need no stack (docs/benchmarks/compile.json); capability as in sm_80: 80.
 
-    Before Hopper the operands of the tensor cores live in registers, which leaves room for smaller tiles only.
+    Before Hopper the operands of the tensor cores live in registers: less room for tiles.
     """
     if dtype == torch.float32:  # multiplied without tensor cores
         return PrefillConfig(32, 16, 8, 2)

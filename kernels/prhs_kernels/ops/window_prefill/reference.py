@@ -1,4 +1,4 @@
-"""Prefill attention over a window with sinks in plain PyTorch, by chunks of queries: no T x T mask is made."""
+"""Prefill attention over a window with sinks in plain PyTorch, in chunks of queries: no T x T mask."""
 
 from __future__ import annotations
 

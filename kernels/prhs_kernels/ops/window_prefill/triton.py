@@ -54,7 +54,10 @@ def attend(scores, v, best, total, acc, scale_log2, PRECISION: tl.constexpr):
     return higher, total, acc
 
 
-@triton.jit
+# numbers that change from prompt to prompt, or from layer to layer, must not each compile a kernel
+@triton.jit(
+    do_not_specialize=["num_qo_heads", "group", "steps", "n", "num_sinks", "num_local", "sliding_window"]
+)
 def window_prefill_kernel(
     q_ptr,  # [batch, num_qo_heads, steps, HEAD_DIM]
     k_ptr,  # [batch, num_kv_heads, n, HEAD_DIM]
