@@ -233,8 +233,8 @@ def test_gpu_check_at_toy_size(tmp_path: Path) -> None:
     done = child("-m", "prhs_kernels.bench.gpu_check", "--seconds", "300", "--json", str(out))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     checks = json.loads(out.read_text("utf-8"))["data"]["checks"]
-    assert len(checks) == 8 and not [check for check in checks if check["error"]]
-    assert "8 checks, 0 wrong" in done.stdout
+    assert len(checks) == 10 and not [check for check in checks if check["error"]]
+    assert "10 checks, 0 wrong" in done.stdout
 
 
 def test_gpu_check_says_what_it_needs() -> None:

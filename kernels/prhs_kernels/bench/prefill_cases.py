@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from prhs_kernels.bench.timing import Timing
+from prhs_kernels.bench.timing import Timing, replay_times
 from prhs_kernels.ops.window_prefill.api import window_prefill
 from prhs_kernels.testing.tolerances import assert_as_exact_as
 
@@ -201,17 +201,8 @@ def _check(
 
 def _measure(call: Callable[[], object], on_gpu: bool) -> Timing:
     """Microseconds of single calls, far longer than a launch; in the interpreter one call, as a trial."""
-    if not on_gpu:
-        began = time.perf_counter()
-        call()
-        return Timing(*[(time.perf_counter() - began) * 1e6] * 3)
-    for _ in range(3):
-        call()
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
-    for start, end in pairs:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(end) * 1e3 for start, end in pairs)
-    return Timing(*(times[int(q * (REPEATS - 1))] for q in (0.2, 0.5, 0.8)))
+    if on_gpu:
+        return Timing.of(replay_times(call, REPEATS))
+    began = time.perf_counter()
+    call()
+    return Timing.of([(time.perf_counter() - began) * 1e6])
