@@ -12,6 +12,7 @@ from prhs_calibration.files import atomic_write, check_writable
 from prhs_calibration.results import to_json
 from prhs_cli.output import Output
 from prhs_kernels.errors import InputError
+from prhs_kernels.runtime.distributed import from_rank_zero, launched
 
 Answer = Mapping[str, Any]  # one object per prompt; "id" and "request" identify it
 
@@ -19,13 +20,17 @@ Answer = Mapping[str, Any]  # one object per prompt; "id" and "request" identify
 class AnswerFile:
     """A JSONL file that grows by one synced line per finished prompt, and continues where it was left.
 
-    A line that a killed process left unfinished is made again. Raises InputError for a file that cannot be
+    A line that a killed process left unfinished is made again. Of several ranks only rank 0 reads and writes
+    it. Raises InputError for a file that cannot be
     written, or is not one of these; ResourceError when the disk is full.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.answers: dict[str, Answer] = {}
+        self._passive = launched().rank > 0
+        if self._passive:
+            return
         if path.exists():
             whole = self._read()
         check_writable(path)
@@ -41,10 +46,12 @@ class AnswerFile:
                     f"{self.path} has an answer to {name!r} from another prompt or with other settings "
                     "(model, bundle, δ, limits, sampling, …); give another --output or move the file away"
                 )
-        return set(known)
+        return from_rank_zero(set(known))
 
     def add(self, answer: Answer) -> None:
         """Append one line; it is on the disk when this returns, or not in the file at all."""
+        if self._passive:
+            return
         line = (to_json(answer, indent=None) + "\n").encode()
         with self.path.open("ab") as file:
             size = file.seek(0, os.SEEK_END)
@@ -59,6 +66,8 @@ class AnswerFile:
 
     def sort(self, ids: Sequence[str]) -> None:
         """Put the lines into this order, those of other prompts behind them; the file is replaced whole."""
+        if self._passive:
+            return
         order = {name: self.answers[name] for name in ids if name in self.answers}
         self._rewrite(order | self.answers)
 

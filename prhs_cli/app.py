@@ -22,6 +22,7 @@ from prhs_cli.commands import (
     plot,
     verify_bound,
 )
+from prhs_kernels.runtime.distributed import launched
 
 app = typer.Typer(
     name="prhs",
@@ -106,5 +107,9 @@ def _report(error: BaseException) -> int:
         # the reader of our output has gone: keep Python from failing again when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return code
-    print(f"prhs: {line}", file=sys.stderr)
+    rank = launched().rank
+    if rank == 0:
+        print(f"prhs: {line}", file=sys.stderr)
+    elif code not in (errors.USAGE, errors.INPUT, errors.INTERRUPTED):  # what rank 0 does not see as well
+        print(f"prhs: rank {rank}: {line}", file=sys.stderr)
     return code

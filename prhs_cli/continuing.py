@@ -16,6 +16,7 @@ from prhs_cli.loading import Source
 from prhs_cli.output import Output
 from prhs_cli.prompt_files import Prompt
 from prhs_kernels.errors import PrhsError
+from prhs_kernels.runtime.distributed import from_rank_zero
 
 if TYPE_CHECKING:
     from prhs_calibration.memory import Room
@@ -59,6 +60,7 @@ class Job:
         """Load model and bundle, the bundle at its own operating point or at that of `delta`."""
         from prhs_calibration.memory import Room
         from prhs_kernels.runtime.attach import dense_params
+        from prhs_kernels.runtime.distributed import num_ranks
 
         loaded, bundle = source.open(out)
         config = loaded.model.config
@@ -71,7 +73,7 @@ class Job:
         }
         variants = {"sparse": bundle.params(dial)} | ({"dense": dense_params(config)} if dense else {})
         stops = prompting.stop_token_ids(loaded.model, loaded.tokenizer)
-        room = Room(config, loaded.dtype, loaded.device)
+        room = Room(config, loaded.dtype, loaded.device, num_ranks(loaded.model))
         return cls(out, loaded, variants, facts, sampling, settings or {}, stops, room)
 
     def requests(self, prompts: Sequence[Prompt], raw: bool, asked: int) -> list[Request]:
@@ -259,6 +261,7 @@ def _batch_size(job: Job, requests: Sequence[Request], asked: int | None) -> int
         return 1
     width = _width(requests)
     size = min(len(requests), asked or max(1, min(DEFAULT_BATCH, job.room.batch(width))))
+    size = from_rank_zero(size)  # ranks may see different amounts of free memory
     job.room.check(width, size)
     return size
 

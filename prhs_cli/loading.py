@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prhs_cli.output import Output
+from prhs_kernels.errors import UsageError
+from prhs_kernels.runtime.distributed import launched
 
 if TYPE_CHECKING:
     from prhs_calibration.bundle import Bundle
@@ -15,17 +17,20 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Which model and bundle the user asked for, as typed."""
+    """Which model and bundle the user asked for, as typed. split: over the ranks that torchrun started."""
 
     model: str = "reference"
     bundle: Path | None = None
     revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    split: bool = False
 
     def open(self, out: Output) -> tuple[LoadedModel, Bundle]:
         """Load both; the bundle is checked against the model."""
-        loaded = load_model(out, self.model, revision=self.revision, device=self.device, dtype=self.dtype)
+        loaded = load_model(
+            out, self.model, revision=self.revision, device=self.device, dtype=self.dtype, split=self.split
+        )
         return loaded, choose_bundle(out, loaded, self.bundle)
 
 
@@ -43,14 +48,21 @@ def conditions(loaded: LoadedModel, bundle: Bundle | None, seed: int) -> dict[st
     )
 
 
-def load_model(out: Output, name: str, *, revision: str | None, device: str, dtype: str) -> LoadedModel:
-    """Load a model by alias, hub id, folder or `reference`; errors are one line each (see `models.load`)."""
+def load_model(
+    out: Output, name: str, *, revision: str | None, device: str, dtype: str, split: bool = False
+) -> LoadedModel:
+    """Load a model by alias, hub id, folder or `reference`; errors are one line each (see `models.load`).
+
+    UsageError under torchrun for a command that does not `split` its model over ranks.
+    """
     from prhs_calibration import models
 
-    loaded = models.load(name, revision=revision, device=device, dtype=dtype)
-    out.note(
-        f"model {loaded.model_id} on {loaded.model.device}, {str(loaded.model.dtype).removeprefix('torch.')}"
-    )
+    ranks = launched().size
+    if ranks > 1 and not split:
+        raise UsageError("under torchrun only `prhs generate` runs; start this command by itself")
+    loaded = models.load(name, revision=revision, device=device, dtype=dtype, ranks=ranks)
+    place = str(loaded.model.device) if ranks == 1 else f"{ranks} ranks ({loaded.device.type})"
+    out.note(f"model {loaded.model_id} on {place}, {str(loaded.model.dtype).removeprefix('torch.')}")
     return loaded
 
 

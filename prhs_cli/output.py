@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prhs_calibration.results import to_json
 from prhs_cli.errors import Interrupted
+from prhs_kernels.runtime.distributed import launched
 
 if TYPE_CHECKING:  # Rich is imported when something is drawn: `prhs --help` does without
     from rich.console import Console, RenderableType
@@ -19,11 +20,15 @@ ProgressCallback = Callable[[str, int, int], None]
 
 
 class Output:
-    """One command's voice. `as_json`: stdout is one JSON object. `quiet`: nothing but results and errors."""
+    """One command's voice. `as_json`: stdout is JSON. `quiet`: nothing but results and errors.
+
+    Of several ranks that do the same only rank 0 speaks.
+    """
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
-        self.quiet = quiet
+        self.silent = launched().rank > 0
+        self.quiet = quiet or self.silent
 
     def note(self, line: str) -> None:
         """Something the user should know that is not the result, on stderr."""
@@ -32,6 +37,8 @@ class Output:
 
     def result(self, data: Mapping[str, Any], *parts: RenderableType) -> None:
         """The command's result: `data` with `--json`, else `parts` one below the other."""
+        if self.silent:
+            return
         if self.as_json:
             print(to_json(data))
             return
@@ -41,11 +48,12 @@ class Output:
 
     def line(self, data: Mapping[str, Any], *texts: str) -> None:
         """One of several results: `data` on one line with `--json`, else `texts` one below the other."""
-        print(to_json(data, indent=None) if self.as_json else "\n".join(texts), flush=True)
+        if not self.silent:
+            print(to_json(data, indent=None) if self.as_json else "\n".join(texts), flush=True)
 
     def text(self, piece: str) -> None:
         """A piece of streamed text, as it comes; nothing with `--json`."""
-        if not self.as_json:
+        if not self.as_json and not self.silent:
             sys.stdout.write(piece)
             sys.stdout.flush()
 

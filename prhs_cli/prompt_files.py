@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prhs_kernels.errors import InputError
+from prhs_kernels.errors import InputError, UsageError
+from prhs_kernels.runtime.distributed import launched
 
 SEPARATOR = "---"
 KEYS = ("prompt", "messages", "id", "max_new_tokens")
@@ -46,6 +47,8 @@ def read_prompts(source: str) -> PromptFile:
     separated by lines that are exactly `---`; the line break before a separator and the last one of the
     file belong to no text then. Raises InputError, naming the line.
     """
+    if source == "-" and launched().size > 1:
+        raise UsageError("standard input does not reach every rank; give --prompt-file the name of a file")
     name = "standard input" if source == "-" else f"prompt file {source}"
     text = _read(source, name)
     if not text.strip():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from prhs_calibration import fingerprint, memory
 from prhs_calibration.files import one_line
 from prhs_calibration.hub import ALIASES, EMBEDDED, Source, is_on_disk, locate, reference_folder
 from prhs_kernels.errors import InputError, PrhsError, ResourceError, UsageError
+from prhs_kernels.runtime import distributed
+from prhs_kernels.runtime.attach import dense_params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -59,28 +62,31 @@ def load(
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    ranks: int = 1,
 ) -> LoadedModel:
-    """Load a model by alias, hub id, local folder or embedded name.
+    """Load a model by alias, hub id, local folder or embedded name; under torchrun split over its `ranks`.
 
     `device`: None or "auto" takes CUDA when there is one. `dtype`: None or "auto" is bf16 on CUDA, fp32 on
     the CPU. Safetensors only, no code of the repository is run, weights that do not cover the model are
-    refused. Raises UsageError for a device or dtype that cannot be meant, ResourceError when the device is
-    absent or its memory too small (asked before anything large is downloaded or read), UnsupportedModelError
-    for attention that is not ours, InputError for everything wrong with name, files or network.
+    refused. Raises UsageError for a device or dtype that cannot be meant and for ranks that cannot share the
+    KV heads, ResourceError when the device is absent or its memory too small (asked before anything large is
+    downloaded or read), UnsupportedModelError for attention that is not ours, InputError for everything wrong
+    with name, files or network.
     """
-    target = resolve_device(device)
+    target = resolve_device(device) if ranks == 1 else _rank_device(device)
     precision = resolve_dtype(dtype, target)
     source = locate(name, revision)
     with _quiet():
         config = load_config(source)
-        _check_memory(config, source.model_id, target, precision)
+        _check_ranks(config, source.model_id, ranks)
+        _check_memory(config, source.model_id, target, precision, ranks)
     source.fetch_weights()  # shows the bars of the hub library
     with _quiet():
         # before the weights are read: these take milliseconds and find truncated files
         tokenizer_hash = fingerprint.hash_files(source.tokenizer_files())
         weights_hash = fingerprint.hash_weights(source.weight_files())
         tokenizer = _load_tokenizer(source)
-        model = _load_weights(source, config, target, precision)
+        model = _load_weights(source, config, target, precision, ranks)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -135,6 +141,20 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return torch.device("cuda", index)
 
 
+def _rank_device(device: str | torch.device | None) -> torch.device:
+    """The device that transformers gives this rank: its own GPU, or the CPU on a machine without one."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(device or "auto") not in ("auto", kind):
+        raise UsageError(
+            f"--device {device} cannot be had under torchrun: each rank takes its own {kind} device"
+        )
+    if kind == "cpu":
+        return torch.device("cpu")
+    target = resolve_device(f"cuda:{distributed.launched().local_rank}")
+    torch.cuda.set_device(target)
+    return target
+
+
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The floating-point type meant by an option: bf16 on CUDA and fp32 on the CPU unless said otherwise."""
     if dtype is None or dtype == "auto":
@@ -176,13 +196,23 @@ def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
-def _check_memory(config: PreTrainedConfig, model_id: str, device: torch.device, dtype: torch.dtype) -> None:
+def _check_ranks(config: PreTrainedConfig, model_id: str, ranks: int) -> None:
+    distributed.check_heads(dense_params(config).num_kv_heads, ranks, model_id)
+    if ranks > 1 and importlib.util.find_spec("accelerate") is None:
+        raise UsageError("splitting a model over ranks needs accelerate: pip install 'prhs[distributed]'")
+
+
+def _check_memory(
+    config: PreTrainedConfig, model_id: str, device: torch.device, dtype: torch.dtype, ranks: int
+) -> None:
     needed = int(weight_bytes(config, dtype) * _HEADROOM)
+    what = f"the weights of {model_id} in {str(dtype).removeprefix('torch.')}"
+    if ranks > 1 and device.type == "cuda":
+        memory.check_memory(needed // ranks, device, f"a rank's part of {what}")
+        return
     # the weights pass through the host on their way to a GPU
     for place in dict.fromkeys((torch.device("cpu"), device)):
-        memory.check_memory(
-            needed, place, f"the weights of {model_id} in {str(dtype).removeprefix('torch.')}"
-        )
+        memory.check_memory(needed, place, what)
 
 
 def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -204,10 +234,15 @@ def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def _load_weights(
-    source: Source, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+    source: Source, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, ranks: int
 ) -> PreTrainedModel:
     import transformers
 
+    split: dict[str, Any] = {}
+    if ranks > 1:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        split = {"distributed_config": DistributedConfig(tp_size=ranks)}
     try:
         result: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -218,10 +253,11 @@ def _load_weights(
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **split,
         )
         model, info = result
         _check_complete(source, info)
-        loaded: PreTrainedModel = model.to(device)
+        loaded: PreTrainedModel = model if split else model.to(device)
     except PrhsError:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:

@@ -12,6 +12,7 @@ from prhs_cli.answers import AnswerFile
 from prhs_cli.loading import Source
 from prhs_cli.output import Output, interruptible
 from prhs_cli.run_report import agreement_line, stats_table
+from prhs_kernels.runtime.distributed import finish
 
 EPILOG = """\b
 Prompt files:
@@ -24,7 +25,9 @@ Examples:
   cat question.txt | prhs generate --prompt-file - --max-new-tokens 200
   prhs generate --prompt-file question.txt --delta 0.1 --compare dense
   prhs generate --prompt-file question.txt --temperature 0.8 --top-p 0.95 --seed 1
-  prhs generate --prompt-file questions.jsonl --output answers.jsonl --batch-size 8"""
+  prhs generate --prompt-file questions.jsonl --output answers.jsonl --batch-size 8
+  torchrun --nproc-per-node 2 -m prhs_cli generate --prompt-file question.txt --model llama-3.1-8b
+                   splits the model over two GPUs; needs pip install 'prhs[distributed]'"""
 
 
 def command(
@@ -94,7 +97,7 @@ def command(
         out.note(f"keys of {prompt_file} that mean nothing here: {', '.join(prompts.ignored)}")
     from prhs_kernels.runtime.decode import Sampling
 
-    source = Source(model, bundle, revision, device, dtype)
+    source = Source(model, bundle, revision, device, dtype, split=True)
     sampling = Sampling(temperature, top_p, seed)
     job = continuing.Job.prepare(out, source, delta, sampling, dense=compare is not None)
     requests = job.requests(prompts.prompts, raw, max_new_tokens)
@@ -114,6 +117,7 @@ def command(
         elif stats or not out.as_json:  # the answers are on the screen, with --json one per line
             data = {**job.facts, **whole, **summary}
             out.line(data) if out.as_json else out.result(data, *_parts(answers, summary if stats else {}))
+    finish()
 
 
 def _parts(answers: list[dict[str, Any]], summary: dict[str, dict[str, Any]]) -> list[Any]:

@@ -226,7 +226,7 @@ def test_an_interrupt_prints_what_is_finished(
 
 def test_ctrl_c_in_a_process(workplace: Workplace, questions: Path, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
-    more = ("--output", output, "--batch-size", 1, "--max-new-tokens", 450)
+    more = ("--output", output, "--batch-size", 1, "--max-new-tokens", 100)
     arguments = map(str, generation(workplace, questions, *more))
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "calibration")))
     process = subprocess.Popen(

@@ -15,6 +15,7 @@ from prhs_kernels.errors import InputError, UnsupportedModelError, UsageError
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attention import Observer, attention_forward
 from prhs_kernels.runtime.cache import Forward, PrhsCache
+from prhs_kernels.runtime.distributed import local_params
 from prhs_kernels.runtime.freezing import frozen_forward
 from prhs_kernels.selectors.base import StepSelector
 
@@ -79,7 +80,8 @@ def sparse_attention(
     """Run `model` with the selectors of `params`; give the cache to pass as `past_key_values`.
 
     With a `selector`, that method chooses what a decode step attends to, and `params` have every axis off.
-    Everything that is patched is restored when the block ends, also after an exception.
+    Everything that is patched is restored when the block ends, also after an exception. `params` are those of
+    the whole model, also where transformers has split it over ranks; the cache holds this rank's heads.
 
     Raises:
         UnsupportedModelError: the model's attention is not one we have derived the selectors for.
@@ -90,6 +92,7 @@ def sparse_attention(
     check_supported(model.config)
     check_params(model.config, params)
     check_selector(params, selector)
+    params = local_params(model, params)
     if model.config._attn_implementation == IMPLEMENTATION:
         raise UsageError("this model is already inside a sparse_attention block")
     cache = PrhsCache(model.config, params, keep_all=observer is not None or selector is not None)

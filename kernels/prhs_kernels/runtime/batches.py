@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from prhs_kernels.errors import UsageError
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.decode import Generation, generate_tokens
+from prhs_kernels.runtime.distributed import merge_run
 from prhs_kernels.runtime.stats import DecodeStats
 
 
@@ -47,7 +48,7 @@ def generate_batch(
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every request; None once it has stopped or reached its own limit.
 
-    `settings` go to `generate_tokens`; `run` counts what it does.
+    `settings` go to `generate_tokens`; `run` counts what it does, in the end on all ranks together.
     """
     limits = [request.max_new_tokens for request in requests]
     stops = set(settings.get("stop_token_ids", ()))
@@ -69,7 +70,8 @@ def generate_batch(
                 for living, limit, token in zip(alive, limits, tokens, strict=True)
             ]
             if not any(alive):
-                return
+                break
+    merge_run(model, run)
 
 
 def summarize(runs: Sequence[Generation], made: Sequence[Sequence[int]]) -> dict[str, float | int | str]:

@@ -18,6 +18,7 @@ from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import check_params, check_selector, dense_params, sparse_attention
 from prhs_kernels.runtime.attention import LayerObservation, Observer
 from prhs_kernels.runtime.cache import PrhsCache
+from prhs_kernels.runtime.distributed import num_ranks
 from prhs_kernels.runtime.stats import DecodeStats
 from prhs_kernels.selectors.base import StepSelector
 
@@ -45,6 +46,8 @@ class Scorer:
     """
 
     def __init__(self, model: PreTrainedModel, tokens: list[int], prefill_length: int) -> None:
+        if num_ranks(model) > 1:
+            raise UsageError("a scoring pass needs all heads in one process; run it without torchrun")
         if not 0 < prefill_length < len(tokens):
             raise UsageError(f"prefill_length = {prefill_length} must be in [1, {len(tokens) - 1}]")
         self.model = model
