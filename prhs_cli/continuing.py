@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from prhs_calibration.models import LoadedModel
     from prhs_kernels.params import SelectorParams
     from prhs_kernels.runtime.batches import Request
-    from prhs_kernels.runtime.decode import Generation, Sampling
+    from prhs_kernels.runtime.decode import Generation
+    from prhs_kernels.runtime.sampling import Sampling
 
 
 @dataclasses.dataclass

@@ -95,7 +95,7 @@ def command(
     file = None if output is None else AnswerFile(output)
     if prompts.ignored:
         out.note(f"keys of {prompt_file} that mean nothing here: {', '.join(prompts.ignored)}")
-    from prhs_kernels.runtime.decode import Sampling
+    from prhs_kernels.runtime.sampling import Sampling
 
     source = Source(model, bundle, revision, device, dtype, split=True)
     sampling = Sampling(temperature, top_p, seed)

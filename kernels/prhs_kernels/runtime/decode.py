@@ -180,7 +180,11 @@ def _engine_loop(request: _Request, backend: Backend) -> Iterator[list[int | Non
             tokens = shown.receive(current)
             if step + 1 == request.max_new_tokens or not shown.alive.any():
                 run.stats = engine.stats()
-            yield tokens
+            try:
+                yield tokens
+            except GeneratorExit:  # the caller has enough, for example at the limits of each sequence
+                run.stats = engine.stats()
+                raise
             if not shown.alive.any():
                 return
 

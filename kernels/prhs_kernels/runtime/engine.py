@@ -26,6 +26,7 @@ from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.params import Gate, SelectorParams, TimeParams
 from prhs_kernels.runtime.attach import check_params, check_supported, dense_params, sparse_attention
 from prhs_kernels.runtime.decoder_step import DecoderStep, unsupported
+from prhs_kernels.runtime.distributed import num_ranks
 from prhs_kernels.runtime.sampling import Sampling, draw
 from prhs_kernels.runtime.static_cache import StaticCache
 from prhs_kernels.runtime.stats import DecodeStats
@@ -40,7 +41,9 @@ def engine_unsupported(
     model: PreTrainedModel, params: SelectorParams, backend: Backend = "reference"
 ) -> str | None:
     """Why this run needs the reference loop, in a few words, or None; backend `reference` or `triton`."""
-    time = params.time
+    time, ranks = params.time, num_ranks(model)
+    if ranks > 1:
+        return f"the model is split over {ranks} ranks"
     if backend == "triton":
         if params.head_dim not in HEAD_DIMS:
             return f"head_dim = {params.head_dim} has no kernel"
