@@ -43,7 +43,7 @@ def _asked(row: dict[str, Any]) -> str:
     if row["delta"] is not None:
         return f"δ = {row['delta']:g}"
     if row["budget"] is None:
-        return "-"
+        return row.get("published") or "-"
     return f"{row['budget']:.4g}" + (" (not met)" if row.get("matched") is False else "")
 
 

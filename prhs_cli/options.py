@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,21 @@ def _top_p(value: float) -> float:
 def split_list(text: str) -> list[str]:
     """The parts of a comma-separated option, without spaces and empty parts."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+PUBLISHED = "published"
+
+
+def split_budgets(text: str) -> tuple[tuple[float, ...], bool]:
+    """Attended fractions of a comma-separated option, and whether `published` is among them."""
+    parts = split_list(text)
+    try:
+        fractions = tuple(float(Fraction(part)) for part in parts if part != PUBLISHED)
+    except (ValueError, ZeroDivisionError):
+        raise typer.BadParameter(
+            f"{text!r} is not a list of numbers such as 1/16,0.25", param_hint="--budgets"
+        ) from None
+    return fractions, PUBLISHED in parts
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]

@@ -14,7 +14,7 @@ from prhs_cli.output import Output, interruptible, table
 EPILOG = """\b
 Examples:
   prhs analyze posterior-bias
-  prhs analyze posterior-bias --selectors oracle,prhs,quest --budgets 0.0625,0.125 --prompts 32
+  prhs analyze posterior-bias --selectors prhs,quest,h2o,snapkv --budgets 1/16,1/8,published
   prhs plot posterior-bias"""
 
 
@@ -25,13 +25,17 @@ def command(
     selectors: Annotated[
         str | None,
         typer.Option(
-            metavar="A,B,…", help="Of oracle, prhs, streaming-llm, quest; default all.", show_default=False
+            metavar="A,B,…",
+            help="Of oracle, prhs, streaming-llm, quest, h2o, snapkv; default the first four.",
+            show_default=False,
         ),
     ] = None,
     budgets: Annotated[
         str | None,
         typer.Option(
-            metavar="X,Y,…", help="Attended fractions in (0, 1); default 1/16, 1/8, 1/4.", show_default=False
+            metavar="X,Y,…",
+            help="Attended fractions in (0, 1), default 1/16, 1/8, 1/4; `published`: those of each paper.",
+            show_default=False,
         ),
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts of the held-out split.")] = 16,
@@ -53,12 +57,11 @@ def command(
     Open loop, on the dense model's own queries and keys.
     """
     out = Output(as_json=as_json, quiet=quiet)
-    settings = {
-        "selectors": options.split_list(selectors) if selectors else None,
-        "budgets": _fractions(budgets),
-        "context_length": context_length,
-    }
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings: dict[str, Any] = {"context_length": context_length}
+    if selectors:
+        settings["selectors"] = options.split_list(selectors)
+    if budgets:
+        settings["budgets"], settings["published"] = options.split_budgets(budgets)
     source = Source(model, bundle, revision, device, dtype)
     path, result = run(
         out, analysis, source, output, seed, num_prompts=prompts, confidence=confidence, **settings
@@ -83,37 +86,31 @@ def run(
 
 
 def cells_table(data: dict[str, Any]) -> Any:
-    """One row per selector and budget."""
+    """One row per selector and budget, then one per published budget."""
     columns = [
         "selector",
         "budget",
         "attended",
         "as asked",
+        "ρ",
         "KV read",
         "dropped mass",
         "excess over oracle",
         "miss rate",
     ]
+    cells = sorted(data["cells"], key=lambda cell: cell["budget"]) + data["published"]
     rows = [
         [
             cell["selector"],
-            cell["budget"],
+            cell["published"] or cell["budget"],
             cell["attended_fraction"],
-            cell["matched"],
+            "published" if cell["published"] else cell["matched"],
+            "-" if cell["retrieval_ratio"] is None else cell["retrieval_ratio"],
             cell["kv_bytes_read"],
             cell["dropped_mass"]["mean"],
             cell["excess"]["mean"],
             cell["miss_rate"]["mean"],
         ]
-        for cell in sorted(data["cells"], key=lambda cell: cell["budget"])
+        for cell in cells
     ]
     return table(columns, rows, title=f"{data['num_prompts']} held-out prompts, {data['loop']} loop")
-
-
-def _fractions(text: str | None) -> list[float] | None:
-    try:
-        return [float(part) for part in options.split_list(text)] if text else None
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not a list of numbers such as 0.0625,0.125", param_hint="--budgets"
-        ) from None

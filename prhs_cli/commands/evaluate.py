@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,8 +14,6 @@ from prhs_cli.output import Output
 
 if TYPE_CHECKING:
     from prhs_calibration.evaluation.store import Store
-
-Number = TypeVar("Number", int, float)
 
 EPILOG = """\b
 Examples:
@@ -37,10 +33,17 @@ def command(
         ),
     ] = None,
     selectors: Annotated[
-        str, typer.Option(metavar="A,B,…", help="What to compare; dense always runs.")
+        str,
+        typer.Option(
+            metavar="A,B,…", help="What to compare, of dense and those of `prhs analyze`; dense always runs."
+        ),
     ] = "dense,prhs,oracle,streaming-llm,quest",
     budgets: Annotated[
-        str, typer.Option(metavar="X,Y,…", help="Attended fractions in (0, 1), the same for every selector.")
+        str,
+        typer.Option(
+            metavar="X,Y,…",
+            help="Attended fractions in (0, 1), the same for all; `published`: those of each paper.",
+        ),
     ] = "1/16,1/8,1/4",
     lengths: Annotated[
         str | None,
@@ -80,9 +83,11 @@ def command(
     when the same command is given again.
     """
     out = Output(as_json=as_json, quiet=quiet)
+    fractions, published = options.split_budgets(budgets)
     settings = {
         "selectors": tuple(options.split_list(selectors)),
-        "budgets": tuple(_numbers(budgets, lambda part: float(Fraction(part)), "--budgets", "1/16,0.25")),
+        "budgets": fractions,
+        "published": published,
         "samples": samples,
         "templates": templates,
         "delta": delta,
@@ -90,7 +95,7 @@ def command(
         "confidence": confidence,
         "seed": seed,
     }
-    asked = _numbers(lengths, int, "--lengths", "2048,4096") if lengths else None
+    asked = _lengths(lengths) if lengths else None
     source = Source(model, bundle, revision, device, dtype)
     path, result = run(out, source, output, options.split_list(tasks) if tasks else None, asked, **settings)
     out.result(result, *accuracy.tables(result["data"]), f"wrote {path}")
@@ -134,10 +139,10 @@ def _kept(store: Store) -> str:
     return f"interrupted: {store.count('items/')} finished items are kept; the same command continues there"
 
 
-def _numbers(text: str, read: Callable[[str], Number], option: str, example: str) -> list[Number]:
+def _lengths(text: str) -> list[int]:
     try:
-        return [read(part) for part in options.split_list(text)]
-    except (ValueError, ZeroDivisionError):
+        return [int(part) for part in options.split_list(text)]
+    except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is not a list of numbers such as {example}", param_hint=option
+            f"{text!r} is not a list of numbers such as 2048,4096", param_hint="--lengths"
         ) from None

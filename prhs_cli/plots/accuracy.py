@@ -17,6 +17,7 @@ from prhs_kernels.errors import InputError
 KIND = "evaluate"
 COLUMNS = 3
 SHIFT = 1.03  # between two selectors along the logarithmic axis
+WIDEST = 1.12  # between the first and the last at most
 DENSE = "dense"
 
 
@@ -84,10 +85,15 @@ def _draw(axis: Axes, panel: Panel, budgets: list[float]) -> None:
     axis.axhline(dense["mean"], color="#555555", linewidth=1.0, label="dense")
     if dense["low"] is not None:
         axis.axhspan(dense["low"], dense["high"], color="#555555", alpha=0.12, linewidth=0)
-    for number, (name, look) in enumerate(style.SELECTORS.items()):
-        aside = SHIFT ** (number - (len(style.SELECTORS) - 1) / 2)
+    there = {row["selector"] for row in panel.rows}
+    shown = [(name, look) for name, look in style.EVERY.items() if name in there]
+    for number, (name, look) in enumerate(shown):
+        aside = min(SHIFT, WIDEST ** (1 / len(shown))) ** (number - (len(shown) - 1) / 2)
         rows = [row for row in panel.rows if row["selector"] == name]
-        _series(axis, [row for row in rows if row["delta"] is None], look.line(), aside)
+        _series(axis, [row for row in rows if row["budget"] is not None], look.line(), aside)
+        # `published` is missing in results of earlier versions
+        alone = look.line() | {"linestyle": "none", "markerfacecolor": "none", "label": None}
+        _series(axis, [row for row in rows if row.get("published")], alone, aside)
         promised = [row for row in rows if row["delta"] is not None]
         if promised:
             label = f"{look.label} at δ = {promised[0]['delta']:g}"
@@ -119,7 +125,10 @@ def _conditions(result: dict[str, Any], data: dict[str, Any]) -> str:
         f"loop {data['loop']}",
         f"bars: difference from dense, band: dense itself, by {data['interval']}",
         f"{unmet} of {len(data['rows'])} rows attend to another fraction than asked" if unmet else "",
-        "points stand at the measured fraction, moved sideways by up to 5 % so that bars show",
+        "points stand at the measured fraction, moved sideways by up to 6 % so that bars show",
+        "open points without a line: at the budgets of the publications"
+        if any(row.get("published") for row in data["rows"])
+        else "",
         style.versions(result),
     ]
     return "; ".join(part for part in parts if part) + "."

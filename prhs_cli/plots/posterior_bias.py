@@ -71,7 +71,7 @@ def _series(axis: Axes, cells: list[dict[str, Any]], measure: str, look: style.L
 
 
 def _dropped(axis: Axes, data: dict[str, Any]) -> None:
-    for name, look in style.SELECTORS.items():
+    for name, look in style.EVERY.items():
         if cells := _cells(data, name):
             _series(axis, cells, "dropped_mass", look)
     if cells := _cells(data, "prhs"):
@@ -82,10 +82,10 @@ def _dropped(axis: Axes, data: dict[str, Any]) -> None:
 
 
 def _excess(axis: Axes, data: dict[str, Any]) -> None:
-    names = [name for name in style.SELECTORS if name != "oracle"]
+    names = [name for name in style.EVERY if name != "oracle"]
     drawn = {name: cells for name in names if (cells := _cells(data, name))}
     for name, cells in drawn.items():
-        _series(axis, cells, "excess", style.SELECTORS[name])
+        _series(axis, cells, "excess", style.EVERY[name])
     values = [cell["excess"]["mean"] for cells in drawn.values() for cell in cells]
     style.budget_axis(axis, data["budgets"])
     _excess_axis(axis, values)
@@ -104,7 +104,7 @@ def _excess_axis(axis: Axes, values: list[float]) -> None:
 def _positions(axis: Axes, data: dict[str, Any], budget: float) -> None:
     edges = np.array(data["edges"]["position"])
     centres = (edges[1:] + edges[:-1]) / 2
-    for name, look in style.SELECTORS.items():
+    for name, look in style.EVERY.items():
         for cell in _cells(data, name):
             if cell["budget"] == budget and name != "oracle":
                 _band(axis, centres, cell["by_position"]["missed_mass"], look)
@@ -117,7 +117,7 @@ def _positions(axis: Axes, data: dict[str, Any], budget: float) -> None:
 def _layers(axis: Axes, data: dict[str, Any], budget: float) -> None:
     layers = np.arange(data["num_layers"])
     values: list[float] = []
-    for name, look in style.SELECTORS.items():
+    for name, look in style.EVERY.items():
         for cell in _cells(data, name):
             if cell["budget"] == budget and name != "oracle":
                 _band(axis, layers, cell["by_layer"]["excess"], look)
@@ -149,7 +149,7 @@ def _conditions(result: dict[str, Any], data: dict[str, Any], budget: float) -> 
         style.versions(result),
     ]
     parts += [
-        f"{style.SELECTORS[cell['selector']].label} attended {cell['attended_fraction']:.3f} "
+        f"{style.EVERY[cell['selector']].label} attended {cell['attended_fraction']:.3f} "
         f"where {style.fraction(cell['budget'])} was asked"
         for cell in unmatched
     ]
@@ -160,7 +160,7 @@ def _cost(data: dict[str, Any], budget: float) -> str:
     """Equal attended fractions hide what choosing them costs: bytes read, scans included."""
     read = [
         f"{look.label} {cell['kv_bytes_read']:.2f}"
-        for name, look in style.SELECTORS.items()
+        for name, look in style.EVERY.items()
         for cell in _cells(data, name)
         if cell["budget"] == budget
     ]

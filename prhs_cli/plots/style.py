@@ -54,6 +54,12 @@ SELECTORS = {
     "quest": Look("Quest", "#b83b55", "s", "--"),
     "streaming-llm": Look("StreamingLLM", "#dda32f", "^", "-."),
 }
+# more than colours can tell apart: marker and line do
+OTHERS = {
+    "h2o": Look("H2O", "#2a7f62", "v", (0, (5, 1))),
+    "snapkv": Look("SnapKV", "#7a5195", "<", (0, (3, 1, 1, 1))),
+}
+EVERY = SELECTORS | OTHERS
 ORACLE_AT_PRHS = Look("oracle top-k at PrHS's sizes", "#000000", "o", (0, (1, 3)), filled=False, size=7)
 
 _SETTINGS: dict[Any, Any] = {

@@ -18,8 +18,9 @@ from prhs_calibration.bundle_format import BundleMetadata
 from prhs_calibration.evaluation import closed_loop, lm_harness, rows
 from prhs_calibration.evaluation import evaluate as library
 from prhs_calibration.evaluation.bootstrap import PairedBootstrap, average, interval
-from prhs_calibration.evaluation.closed_loop import Point, match_dials, points, run_points
+from prhs_calibration.evaluation.closed_loop import match_dials, run_points
 from prhs_calibration.evaluation.evaluate import Plan, evaluate, open_store, outcome_of, steps_of
+from prhs_calibration.evaluation.points import Point, points
 from prhs_calibration.evaluation.store import Store
 from prhs_calibration.evaluation.tasks import TASKS, Example
 from prhs_calibration.fingerprint import fingerprint_of
@@ -309,9 +310,44 @@ def test_a_budget_below_the_lowest_dial_is_said_to_be_out_of_reach(
     assert not match.reached and match.dial == pytest.approx(0.02)
 
 
+def test_dials_of_methods_whose_size_is_not_their_setting(loaded: LoadedModel) -> None:
+    prompts = [(random_tokens(300, seed=seed), 280) for seed in range(2)]
+    store, asked = memory(), []
+
+    def some() -> list[Any]:
+        asked.append(1)
+        return prompts
+
+    model, names = loaded.model, ("oracle", "h2o", "snapkv")
+    found = closed_loop.find_matches(model, None, names, (0.2,), some, store, "dials/x")
+    assert list(found) == ["snapkv"]
+    assert store.count("dials/x/snapkv") == 1
+    run = points(model.config, None, names, (0.2,), found)
+    spent = [
+        [result.stats.attended_fraction for _, result in run_points(model, steps, run)] for steps in prompts
+    ]
+    assert np.mean(spent, axis=0) == pytest.approx([1, 0.2, 0.2, 0.2], rel=0.02)
+    assert closed_loop.find_matches(model, None, names, (0.2,), some, store, "dials/x") == found
+    assert len(asked) == 1
+
+
+def test_published_points(loaded: LoadedModel) -> None:
+    names = ("quest", "h2o", "oracle")
+    found = points(loaded.model.config, None, names, (0.25,), {}, published=True)
+    assert [point.name for point in found[1:]] == [
+        "quest@0.25",
+        "quest@1024",
+        "h2o@0.25",
+        "h2o@20 %",
+        "oracle@0.25",
+    ]
+    (_, result) = list(run_points(loaded.model, (random_tokens(100), 80), found))[4]
+    assert result.stats.attended_fraction == pytest.approx(0.2, rel=0.03)
+
+
 def test_points_of_a_run(loaded: LoadedModel, bundle: Bundle) -> None:
     matches = match_dials(loaded.model, bundle, [(random_tokens(120), 100)], (0.25, 0.5))
-    found = points(loaded.model.config, bundle, ("oracle", "prhs"), (0.25, 0.5), matches, 0.2)
+    found = points(loaded.model.config, bundle, ("oracle", "prhs"), (0.25, 0.5), {"prhs": matches}, 0.2)
     names = ["dense", "oracle@0.25", "oracle@0.5", "prhs@0.25", "prhs@0.5", "prhs@δ=0.2"]
     assert [point.name for point in found] == names
     assert found[-1].dial == pytest.approx(float(bundle.dial[2]))
@@ -438,7 +474,7 @@ def test_dense_alone_needs_no_bundle_and_no_budget(loaded: LoadedModel, data: di
     ("changes", "words"),
     [
         ({"tasks": ("nothing",)}, "task 'nothing': choose from single_needle"),
-        ({"selectors": ("prhs", "h3o")}, "selector 'h3o': choose from dense, prhs"),
+        ({"selectors": ("prhs", "h3o")}, "selector 'h3o': choose from dense, oracle, prhs"),
         ({"selectors": ()}, "choose from"),
         ({"budgets": (0.5, 1.0)}, "budget 1.0 must be a fraction"),
         ({"budgets": ()}, "no budget and no delta"),

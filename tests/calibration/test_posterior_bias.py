@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from prhs_calibration.evaluation.comparison import BASELINES, SELECTORS, Settings, compare
+from prhs_calibration.evaluation.comparison import Settings, compare
 from prhs_calibration.evaluation.matching import match_budgets
 from prhs_calibration.evaluation.open_loop import decode_rows, prehoc_sets, steps_since_retrieval
+from prhs_calibration.evaluation.points import BASELINES, COMPARED, DEFAULTS
 from prhs_calibration.evaluation.tally import distance_bin, interval, num_distance_bins
 from prhs_kernels.errors import InputError, UsageError
 from prhs_kernels.params import DepthParams, Gate, SelectorParams, TimeParams
@@ -94,9 +95,9 @@ def perfect(seen: LayerObservation, params: Any) -> FakeSets:
         probs = seen.visible.float() / seen.visible.sum(-1, keepdim=True)
         seen = dataclasses.replace(seen, dense_probs=probs.expand(QO_HEADS, -1, -1))
     rows = decode_rows(seen)
-    kept = OracleTopK().select(rows, uniform_size(rows, params.dial))
-    every = torch.ones(kept.shape[:2], dtype=torch.bool)
-    return FakeSets(kept, every, every, OracleTopK().rows_read(rows, kept))
+    best = OracleTopK().select(rows, uniform_size(rows, params.dial))
+    every = torch.ones(best.kept.shape[:2], dtype=torch.bool)
+    return FakeSets(best.kept, every, every, best.rows_read)
 
 
 def without_planted(seen: LayerObservation, params: Any) -> FakeSets:
@@ -141,7 +142,7 @@ def test_oracle_has_no_bias_and_no_selector_less() -> None:
         best = cell(result, "oracle", budget)
         assert best["excess"]["mean"] == 0 and best["miss_rate"]["mean"] == 0
         assert best["dropped_mass"]["mean"] == best["uniform_oracle_dropped_mass"]["mean"]
-        for name in SELECTORS:
+        for name in DEFAULTS:
             assert min(cell(result, name, budget)["by_layer"]["excess"]["mean"]) >= -1e-6
 
 
@@ -248,7 +249,7 @@ def test_matching_says_what_is_out_of_reach() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"selectors": ("h2o",)},
+        {"selectors": ("h3o",)},
         {"selectors": ()},
         {"budgets": (0.0,)},
         {"budgets": (1.0,)},
@@ -291,7 +292,7 @@ def replay_of(model: Any) -> Callable[[Any, Callable[[LayerObservation], None]],
 
     def replay(prompt: Any, observer: Callable[[LayerObservation], None]) -> None:
         tokens = torch.randint(4, 128, (120,), generator=torch.Generator().manual_seed(prompt.seed)).tolist()
-        Scorer(model, tokens, 90).run(dense, observer)
+        Scorer(model, tokens, 90, keep_queries=True).run(dense, observer)
 
     return replay
 
@@ -318,7 +319,7 @@ def test_tiny_model_end_to_end(window: int | None) -> None:
     prompts: list[Any] = [FakePrompt(seed) for seed in range(2)]
     result = compare(prompts, replay_of(model), family(model), 0.01, Settings(budgets=(0.25, 0.5)))
     json.dumps(result, allow_nan=False)
-    assert len(result["cells"]) == 2 * len(SELECTORS) and result["num_steps"] == 60
+    assert len(result["cells"]) == 2 * len(DEFAULTS) and result["num_steps"] == 60
     for match in result["matching"]:
         # under a window every step has the same few positions, so budgets come in whole ones
         step = 0.0 if window is None else 1 / window
@@ -333,5 +334,43 @@ def test_tiny_model_end_to_end(window: int | None) -> None:
     assert 0 < cell(result, "prhs", 0.25)["retrieval_ratio"] < 1
 
 
+def test_every_method_at_matched_and_published_budgets() -> None:
+    model = tiny_model("llama")
+    prompts: list[Any] = [FakePrompt(seed) for seed in range(2)]
+    names = tuple(name for name in COMPARED if name != "prhs")
+    settings = Settings(selectors=names, budgets=(0.3,), published=True)
+    result = compare(prompts, replay_of(model), family(model), 0.01, settings)
+    json.dumps(result, allow_nan=False)
+    assert [entry["selector"] for entry in result["cells"]] == list(names)
+    for entry in result["cells"]:
+        # 90 to 119 positions; whole pages of 16
+        allowed = 0.05 if entry["selector"] == "quest" else 0.02
+        assert entry["attended_fraction"] == pytest.approx(0.3, rel=allowed), entry["selector"]
+        searched = not BASELINES[entry["selector"]].exact
+        assert (entry["dial"] is not None) == searched == (entry["selector"] in result["dials"])
+        assert 0 <= entry["miss_rate"]["mean"] < 1 and entry["kv_bytes_read"] > 0
+    expected = [(name, str(own)) for name in names for own in BASELINES[name].published]
+    found = [(entry["selector"], entry["published"]) for entry in result["published"]]
+    assert found == expected and len(found) >= len(names) - 1
+    assert all(entry["budget"] is None and entry["matched"] is None for entry in result["published"])
+
+
+def test_methods_remember_within_a_prompt_only() -> None:
+    """The figures of two prompts are those of each alone."""
+    model = tiny_model("llama")
+    settings = Settings(selectors=("h2o",), budgets=(0.2,))
+    one, other = FakePrompt(1), FakePrompt(2)
+    runs = ([one], [other], [one, other], [other, one])
+    figures = [
+        cell(compare(prompts, replay_of(model), family(model), 0.01, settings), "h2o", 0.2)["dropped_mass"][
+            "mean"
+        ]
+        for prompts in runs
+    ]
+    assert figures[2] == figures[3] == pytest.approx((figures[0] + figures[1]) / 2, rel=1e-12)
+    assert figures[0] != figures[1]
+
+
 def test_selector_names_are_those_of_the_methods() -> None:
-    assert set(SELECTORS) == set(BASELINES) | {"prhs"}
+    assert set(COMPARED) == set(BASELINES) | {"prhs"} and set(DEFAULTS) < set(COMPARED)
+    assert all(method.name == name for name, method in BASELINES.items())

@@ -63,6 +63,30 @@ def test_tables_and_json(prhs: Prhs, workplace: Workplace, own_data_folder: Path
     assert not list((own_data_folder / "results" / "partial").glob("*")), "nothing is left to continue"
 
 
+def test_published_budgets_are_rows_of_their_own(prhs: Prhs, workplace: Workplace, tmp_path: Path) -> None:
+    arguments = ("--selectors", "h2o,snapkv", "--samples", 1, "--quiet", "--budgets", "0.25,published")
+    where = (
+        "--tasks",
+        "perplexity",
+        "--lengths",
+        "300",
+        "--model",
+        workplace.model,
+        "-o",
+        tmp_path / "r.json",
+    )
+    done = prhs("evaluate", *where, *arguments)
+    assert done.code == 0 and "20 %" in done.out and "1024" in done.out
+    rows = json.loads((tmp_path / "r.json").read_text())["data"]["rows"]
+    names = ["dense", "h2o@0.25", "h2o@20 %", "snapkv@0.25", "snapkv@1024"]
+    assert [row["point"] for row in rows] == names
+    assert [row["matched"] for row in rows] == [None, True, None, True, None]
+    figure = drawn(tmp_path / "r.json")
+    assert len(figure.axes[0].containers) == 4 and len(figure.legends[0].get_texts()) == 3
+    done = prhs("plot", "accuracy", tmp_path / "r.json", "-o", tmp_path / "r.svg")
+    assert done.code == 0
+
+
 def test_dense_needs_no_bundle(prhs: Prhs, workplace: Workplace) -> None:
     done = prhs(
         "evaluate", *COMMON, "--model", workplace.model, "--selectors", "dense", "--samples", 1, "--json"
@@ -107,7 +131,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(
         (["--lengths", "300.5"], 2, "not a list of numbers such as 2048"),
         (["--lengths", "100000"], 2, "length 100000 is beyond the context"),
         (["--lengths", "20"], 2, "task single_needle"),
-        (["--selectors", "snapkv"], 2, "selector 'snapkv': choose from dense"),
+        (["--selectors", "snapkw"], 2, "selector 'snapkw': choose from dense"),
         (["--tasks", ","], 2, "no task"),
         (["--samples", "0"], 2, "samples"),
         (["--delta", "0.000001"], 3, "cannot promise this delta"),

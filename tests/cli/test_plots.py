@@ -193,9 +193,16 @@ def test_selectors_are_told_apart_without_colour() -> None:
 
 
 def test_every_selector_of_the_analysis_has_a_look() -> None:
-    from prhs_calibration.evaluation.comparison import SELECTORS
+    from prhs_calibration.evaluation.points import COMPARED, DEFAULTS
 
-    assert set(style.SELECTORS) == set(SELECTORS)
+    assert set(style.SELECTORS) == set(DEFAULTS) and set(style.EVERY) == set(COMPARED)
+
+
+def test_the_other_selectors_differ_in_marker_and_line() -> None:
+    looks = [*style.EVERY.values(), style.ORACLE_AT_PRHS]
+    assert len({look.marker for look in style.EVERY.values()}) == len(style.EVERY)
+    assert len({str(look.linestyle) for look in looks}) == len(looks)
+    assert max(lightness(look.color) for look in looks) <= 75
 
 
 def test_data_reaches_the_axes() -> None:

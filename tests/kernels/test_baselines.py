@@ -59,7 +59,7 @@ def constant(rows: DecodeRows, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_oracle_is_the_best_of_all_sets_of_its_size(size: int, window: int | None) -> None:
     rows = make_rows(length=9, steps=3, window=window)
-    mass = retained(rows, OracleTopK().select(rows, constant(rows, size)))
+    mass = retained(rows, OracleTopK().select(rows, constant(rows, size)).kept)
     for head, step in itertools.product(range(rows.num_kv_heads), range(3)):
         best = max(
             rows.group_mass[head, step, list(chosen)].sum()
@@ -72,7 +72,7 @@ def test_oracle_maximises_the_group_not_a_single_head() -> None:
     # head 0 wants position 0, head 1 position 2; position 1 is second for both and wins the sum
     probs = torch.tensor([[[0.5, 0.4, 0.1, 0.0]], [[0.0, 0.4, 0.6, 0.0]]])
     rows = DecodeRows(torch.zeros(2, 1, 4), torch.zeros(1, 4, 4), probs, torch.tensor([3]))
-    assert OracleTopK().select(rows, torch.tensor([[1]]))[0, 0].tolist() == [False, True, False, False]
+    assert OracleTopK().select(rows, torch.tensor([[1]])).kept[0, 0].tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 111])
@@ -94,7 +94,7 @@ def test_quest_takes_the_page_with_the_planted_key() -> None:
     rows = make_rows(length=160, steps=4, num_qo_heads=2, num_kv_heads=1)
     keys = rows.keys.clone()
     keys[0, 37] = 100 * rows.query[0, 2]
-    kept = Quest().select(dataclasses.replace(rows, keys=keys), constant(rows, 32))
+    kept = Quest().select(dataclasses.replace(rows, keys=keys), constant(rows, 32)).kept
     assert bool(kept[0, 2, 32:48].all())
     assert bool(kept[0, :, 144:156].all())  # the newest page always
 
@@ -104,7 +104,7 @@ def test_quest_takes_the_page_with_the_planted_key() -> None:
 def test_kept_is_causal_and_inside_the_window(method: Baseline, window: int | None) -> None:
     rows = make_rows(length=50, steps=19, window=window)
     for size in (1, 6, 20, 50, 80):
-        kept = method.select(rows, constant(rows, size))
+        kept = method.select(rows, constant(rows, size)).kept
         assert kept.shape == (2, 19, 50) and kept.dtype == torch.bool
         assert not bool((kept & ~rows.visible).any())
         assert bool((kept.sum(-1) >= 1).all())
@@ -115,7 +115,7 @@ def test_kept_is_causal_and_inside_the_window(method: Baseline, window: int | No
 @pytest.mark.parametrize("window", [None, 8])
 def test_exact_size(method: Baseline, size: int, window: int | None) -> None:
     rows = make_rows(window=window)
-    kept = method.select(rows, constant(rows, size))
+    kept = method.select(rows, constant(rows, size)).kept
     assert kept.sum(-1).tolist() == [rows.num_visible.clamp(max=size).tolist()] * 2
 
 
@@ -123,9 +123,9 @@ def test_exact_size(method: Baseline, size: int, window: int | None) -> None:
 def test_size_may_differ_per_head_and_step(method: Baseline) -> None:
     rows = make_rows(length=60, steps=6)
     size = torch.tensor([[3, 10, 20, 30, 40, 60], [60, 1, 2, 50, 5, 6]])
-    together = method.select(rows, size)
+    together = method.select(rows, size).kept
     for head, step in itertools.product(range(2), range(6)):
-        alone = method.select(rows, constant(rows, int(size[head, step])))
+        alone = method.select(rows, constant(rows, int(size[head, step]))).kept
         assert torch.equal(together[head, step], alone[head, step])
 
 
@@ -134,44 +134,50 @@ def test_later_keys_change_nothing(method: Baseline) -> None:
     rows = make_rows(length=60, steps=20)
     keys = rows.keys.clone()
     keys[:, 50:] = 1e4
-    changed = method.select(dataclasses.replace(rows, keys=keys), constant(rows, 12))
+    changed = method.select(dataclasses.replace(rows, keys=keys), constant(rows, 12)).kept
     before = rows.positions < 50
-    assert torch.equal(changed[:, before], method.select(rows, constant(rows, 12))[:, before])
+    assert torch.equal(changed[:, before], method.select(rows, constant(rows, 12)).kept[:, before])
 
 
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
 def test_no_steps(method: Baseline) -> None:
     rows = make_rows(length=8, steps=0)
-    kept = method.select(rows, constant(rows, 4))
-    assert kept.shape == (2, 0, 8)
-    assert method.rows_read(rows, kept).shape == (2, 0)
+    choice = method.select(rows, constant(rows, 4))
+    assert choice.kept.shape == (2, 0, 8)
+    assert choice.rows_read.shape == choice.retrieved.shape == choice.contested.shape == (2, 0)
 
 
 def test_streaming_is_sinks_and_local() -> None:
     rows = make_rows(length=20, steps=1)
-    kept = StreamingLLM(num_sinks=4).select(rows, constant(rows, 7))
+    kept = StreamingLLM(num_sinks=4).select(rows, constant(rows, 7)).kept
     assert kept[0, 0].nonzero().flatten().tolist() == [0, 1, 2, 3, 17, 18, 19]
-    assert StreamingLLM(num_sinks=4).select(rows, constant(rows, 2))[0, 0].nonzero().flatten().tolist() == [
-        0,
-        19,
-    ]
+    kept = StreamingLLM(num_sinks=4).select(rows, constant(rows, 2)).kept
+    assert kept[0, 0].nonzero().flatten().tolist() == [0, 19]
 
 
 def test_quest_mean_size_is_the_asked_one() -> None:
     # 48 consecutive steps: the fill of the newest page averages out, rounding to pages leaves no bias
     rows = make_rows(length=400, steps=48)
-    kept = Quest().select(rows, constant(rows, 64))
+    kept = Quest().select(rows, constant(rows, 64)).kept
     assert float(kept.sum(-1).float().mean()) == pytest.approx(64, abs=1)
     assert int((kept.sum(-1) - 64).abs().max()) <= 8
 
 
 def test_rows_read_counts_scans() -> None:
     rows = make_rows(length=64, steps=1)
-    kept = torch.zeros(2, 1, 64, dtype=torch.bool)
-    kept[..., :10] = True
-    assert OracleTopK().rows_read(rows, kept).tolist() == [[64 + 20]] * 2
-    assert StreamingLLM().rows_read(rows, kept).tolist() == [[20]] * 2
-    assert Quest().rows_read(rows, kept).tolist() == [[2 * 3 + 20]] * 2
+    read = {method.name: method.select(rows, constant(rows, 16)).rows_read for method in METHODS[:3]}
+    assert read["oracle"].tolist() == [[64 + 32]] * 2
+    assert read["streaming-llm"].tolist() == [[32]] * 2
+    assert read["quest"].tolist() == [[2 * 3 + 32]] * 2
+
+
+def test_what_has_no_choice_is_not_contested() -> None:
+    rows = make_rows(length=20, steps=3)
+    sizes = torch.tensor([[18, 18, 18], [17, 19, 20]])
+    choice = OracleTopK().select(rows, sizes)
+    expected = [[False, True, True], [True, False, False]]
+    assert choice.contested.tolist() == choice.retrieved.tolist() == expected
+    assert not StreamingLLM().select(rows, sizes).retrieved.any()
 
 
 def test_uniform_size() -> None:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from prhs_calibration import results
-from prhs_calibration.evaluation import closed_loop, lm_harness, rows
+from prhs_calibration.evaluation import closed_loop, lm_harness, points, rows
 from prhs_calibration.evaluation.bootstrap import RESAMPLES, PairedBootstrap
-from prhs_calibration.evaluation.closed_loop import Point, Steps
-from prhs_calibration.evaluation.comparison import BUDGETS, PREHOC
-from prhs_calibration.evaluation.matching import Match
+from prhs_calibration.evaluation.closed_loop import Steps
+from prhs_calibration.evaluation.comparison import BUDGETS
+from prhs_calibration.evaluation.points import DEFAULTS, DENSE, PREHOC, Matches, Point
 from prhs_calibration.evaluation.store import Store
 from prhs_calibration.evaluation.tasks import TASKS, Example
 from prhs_kernels.errors import UsageError
@@ -36,11 +36,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to run. `budgets` are attended fractions; `delta` adds PrHS at the dial that promises it."""
+    """What to run. `budgets` are attended fractions; `delta` adds PrHS at the dial that promises it.
+
+    published: also every comparison method at the budgets of its publication.
+    """
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
-    selectors: tuple[str, ...] = closed_loop.SELECTORS
+    selectors: tuple[str, ...] = (DENSE, *DEFAULTS)
     budgets: tuple[float, ...] = BUDGETS
     samples: int = 16  # per task and length
     templates: Literal["seen", "unseen"] = "seen"
@@ -49,10 +52,11 @@ class Plan:
     confidence: float = 0.95
     public: tuple[str, ...] = ()  # tasks of lm-evaluation-harness
     task_path: str | None = None  # folder with more task files for it
+    published: bool = False
 
     def __post_init__(self) -> None:
-        closed_loop.check_selectors(self.selectors)
-        closed_loop.check_budgets(self.budgets)
+        points.check_selectors(self.selectors)
+        points.check_budgets(self.budgets)
         unknown = [name for name in self.tasks if name not in TASKS]
         if unknown:
             raise UsageError(f"task {unknown[0]!r}: choose from {', '.join(TASKS)}")
@@ -60,7 +64,8 @@ class Plan:
             raise UsageError(f"samples = {self.samples} must be in [1, {_ITEMS // 2}]")
         if not 0 < self.confidence < 1:
             raise UsageError(f"confidence {self.confidence} must be in (0, 1)")
-        if not self.budgets and self.delta is None and set(self.selectors) != {closed_loop.DENSE}:
+        asked = self.budgets or self.delta is not None or self.published
+        if not asked and set(self.selectors) != {DENSE}:
             raise UsageError("no budget and no delta: give at least one for selectors other than dense")
 
     @property
@@ -151,13 +156,19 @@ def evaluate(
         table: list[dict[str, Any]] = []
         samples: dict[str, Any] = {}
         for number, (task, length) in enumerate(plan.cells):
-            points = closed_loop.points(
-                loaded.model.config, bundle, plan.selectors, plan.budgets, matches[number], plan.delta
+            run = points.points(
+                loaded.model.config,
+                bundle,
+                plan.selectors,
+                plan.budgets,
+                matches[number],
+                plan.delta,
+                published=plan.published,
             )
-            outcomes = _outcomes(loaded, plan, store, task, length, points, report)
+            outcomes = _outcomes(loaded, plan, store, task, length, run, report)
             bootstrap = PairedBootstrap(plan.samples, seed=(plan.seed, zlib.crc32(task.encode()), length))
             cell = rows.Cell(task, TASKS[task].metric, length, bootstrap, plan.confidence)
-            for row, figures in cell.rows(points, outcomes):
+            for row, figures in cell.rows(run, outcomes):
                 table.append(row)
                 samples[f"{task}/{length}/{row['point']}"] = figures
         table += lm_harness.evaluate(loaded, bundle, plan, public, store, report)
@@ -188,22 +199,23 @@ def steps_of(example: Example) -> Steps:
 
 def _match(
     loaded: LoadedModel, bundle: Bundle | None, plan: Plan, store: Store, report: Progress
-) -> list[list[Match]]:
-    """Dials of PrHS for every cell and budget."""
-    if not plan.needs_bundle or bundle is None or not plan.budgets:
-        return [[] for _ in plan.cells]
-    found = []
+) -> list[Matches]:
+    """For every cell the dials that spend the budgets."""
+    if not plan.budgets or not (plan.needs_bundle or points.searched(plan.selectors)):
+        return [{} for _ in plan.cells]
+    found: list[Matches] = []
 
-    def match(task: str, length: int) -> list[Match]:
-        assert bundle is not None
+    def prompts(task: str, length: int) -> list[Steps]:
         items = range(_ITEMS - MATCHING_ITEMS, _ITEMS)
-        prompts = [steps_of(_item(loaded, plan, task, length, item)) for item in items]
-        return closed_loop.match_dials(loaded.model, bundle, prompts, plan.budgets)
+        return [steps_of(_item(loaded, plan, task, length, item)) for item in items]
 
     for number, cell in enumerate(plan.cells):
         report("matching budgets", number, len(plan.cells))
         name = "dials/{}/{}".format(*cell)
-        found.append(closed_loop.kept_matches(store, name, functools.partial(match, *cell)))
+        some = functools.partial(prompts, *cell)
+        found.append(
+            closed_loop.find_matches(loaded.model, bundle, plan.selectors, plan.budgets, some, store, name)
+        )
     report("matching budgets", len(plan.cells), len(plan.cells))
     return found
 
@@ -214,7 +226,7 @@ def _outcomes(
     store: Store,
     task: str,
     length: int,
-    points: Sequence[Point],
+    run: Sequence[Point],
     report: Progress,
 ) -> list[dict[str, Any]]:
     """Per item, the outcome at every point by its name."""
@@ -227,16 +239,14 @@ def _outcomes(
         outcome = store.get(name)
         if outcome is None:
             example = _item(loaded, plan, task, length, number)
-            outcome = store.put(name, dict(_run(loaded, example, points)))
+            outcome = store.put(name, dict(_run(loaded, example, run)))
         found.append(outcome)
     report("evaluating", before + plan.samples, total)
     return found
 
 
-def _run(
-    loaded: LoadedModel, example: Example, points: Sequence[Point]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    for point, result in closed_loop.run_points(loaded.model, steps_of(example), points):
+def _run(loaded: LoadedModel, example: Example, run: Sequence[Point]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for point, result in closed_loop.run_points(loaded.model, steps_of(example), run):
         yield point.name, outcome_of(result, example.answer_ids)
 
 

@@ -25,7 +25,7 @@ except ImportError:  # the extra `eval` is missing, which `lm_harness.require` s
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-    from prhs_calibration.evaluation.closed_loop import Point
+    from prhs_calibration.evaluation.points import Point
     from prhs_calibration.evaluation.store import Store
     from prhs_calibration.models import LoadedModel
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from prhs_calibration.evaluation import closed_loop, rows
+from prhs_calibration.evaluation import closed_loop, points, rows
 from prhs_calibration.evaluation.bootstrap import PairedBootstrap
-from prhs_calibration.evaluation.closed_loop import DENSE, Point, Steps
-from prhs_calibration.evaluation.matching import Match
+from prhs_calibration.evaluation.closed_loop import Steps
+from prhs_calibration.evaluation.points import DENSE, Point
 from prhs_calibration.evaluation.tasks import TASKS
 from prhs_calibration.files import one_line
 from prhs_kernels.errors import InputError, PrhsError, UsageError
@@ -85,10 +85,10 @@ def evaluate(
     if not benchmarks.tasks:
         return []
     runs: dict[str, list[Run]] = {name: [] for name in benchmarks.names}
-    for points in _points(loaded, bundle, plan, benchmarks, store, report):
-        model = PrhsLM(loaded, points, store=store, seed=plan.seed, report=report)
+    for by_task in _points(loaded, bundle, plan, benchmarks, store, report):
+        model = PrhsLM(loaded, by_task, store=store, seed=plan.seed, report=report)
         result = _simple_evaluate(model, benchmarks, plan.samples, plan.seed)
-        for name, point in points.items():
+        for name, point in by_task.items():
             rows.check_reuse(point, model.stats[name], name)
             runs[name].append((point, model.stats[name], result))
     return [row for name, of_task in runs.items() for row in _rows(name, of_task, plan)]
@@ -147,24 +147,30 @@ def _points(
     store: Store,
     report: Progress,
 ) -> list[dict[str, Point]]:
-    """For every row of a table its point by task; for PrHS at the dial that spends the budget on the task."""
-    matching = plan.needs_bundle and bool(plan.budgets)
-    contexts: dict[str, list[Steps]] = {}
-    if matching and any(store.get(f"dials/{name}") is None for name in benchmarks.names):
-        contexts = _contexts(loaded, plan, benchmarks)
-
-    def match(name: str) -> list[Match]:
-        assert bundle is not None
-        return closed_loop.match_dials(loaded.model, bundle, contexts[name], plan.budgets)
-
+    """For every row of a table its point by task, at the dial that spends the budget on the task."""
+    contexts = functools.cache(lambda: _contexts(loaded, plan, benchmarks))
     found = []
     for done, name in enumerate(benchmarks.names):
         report("matching benchmarks", done, len(benchmarks.names))
-        matches = []
-        if matching:
-            matches = closed_loop.kept_matches(store, f"dials/{name}", functools.partial(match, name))
+        matches = closed_loop.find_matches(
+            loaded.model,
+            bundle,
+            plan.selectors,
+            plan.budgets,
+            functools.partial(lambda task: contexts()[task], name),
+            store,
+            f"dials/{name}",
+        )
         found.append(
-            closed_loop.points(loaded.model.config, bundle, plan.selectors, plan.budgets, matches, plan.delta)
+            points.points(
+                loaded.model.config,
+                bundle,
+                plan.selectors,
+                plan.budgets,
+                matches,
+                plan.delta,
+                published=plan.published,
+            )
         )
     report("matching benchmarks", len(found), len(found))
     return [dict(zip(benchmarks.names, row, strict=True)) for row in zip(*found, strict=True)]

@@ -12,26 +12,38 @@ from prhs_kernels.params import SelectorParams
 from prhs_kernels.selectors import cis
 from prhs_kernels.selectors.base import Rows, candidates
 from prhs_kernels.selectors.baselines import DecodeRows
+from prhs_kernels.selectors.memory import Memory
 
 if TYPE_CHECKING:
     from prhs_calibration.corpus import Prompt
     from prhs_kernels.runtime.attention import LayerObservation
 
 
-class PreHocSets(Protocol):
-    """What the evaluation reads of a pre-hoc selection, without a batch dimension."""
+class Sets(Protocol):
+    """What the evaluation reads of a selection, without a batch dimension; a `Choice` is one too."""
 
-    kept: torch.Tensor  # [num_kv_heads, steps, n] bool
-    retrieved: torch.Tensor  # [num_kv_heads, steps] bool, the keys were scanned
-    contested: torch.Tensor  # [num_kv_heads, steps] bool, per-step top-k would have scanned
-    rows_read: torch.Tensor  # [num_kv_heads, steps] int64, rows of K and V loaded, scan and gate included
+    @property
+    def kept(self) -> torch.Tensor:
+        """`[num_kv_heads, steps, n]` bool."""
+
+    @property
+    def retrieved(self) -> torch.Tensor:
+        """`[num_kv_heads, steps]` bool, keys were scanned."""
+
+    @property
+    def contested(self) -> torch.Tensor:
+        """`[num_kv_heads, steps]` bool, per-step top-k would have scanned."""
+
+    @property
+    def rows_read(self) -> torch.Tensor:
+        """`[num_kv_heads, steps]` int64, rows of K and V loaded, scan and gate included."""
 
 
 Replay = Callable[["Prompt", "Callable[[LayerObservation], None]"], None]
 """Runs the dense model over a prompt and shows each layer's decode rows to the observer."""
 
 
-class _Sets:
+class _PreHocSets:
     def __init__(self, selection: cis.Selection, allowed: torch.Tensor, group_size: int) -> None:
         self.kept, self.retrieved = selection.kept[0], selection.retrieved[0]
         self.contested = selection.contested[0]
@@ -40,8 +52,8 @@ class _Sets:
         self.rows_read = 2 * self.kept.sum(-1) + scanned + group_size * selection.gated[0]
 
 
-def decode_rows(observation: LayerObservation) -> DecodeRows:
-    """The observed layer as the comparison methods take it."""
+def decode_rows(observation: LayerObservation, memory: Memory | None = None) -> DecodeRows:
+    """The observed layer as the comparison methods take it; `memory` of one method on one prompt."""
     visible = observation.visible
     window_start = observation.positions + 1 - visible.sum(-1)
     return DecodeRows(
@@ -50,10 +62,13 @@ def decode_rows(observation: LayerObservation) -> DecodeRows:
         dense_probs=observation.dense_probs,
         positions=observation.positions,
         window_start=window_start if bool((window_start > 0).any()) else None,
+        layer=observation.layer,
+        scale=observation.scale,
+        memory=Memory() if memory is None else memory,
     )
 
 
-def prehoc_sets(observation: LayerObservation, params: SelectorParams) -> PreHocSets:
+def prehoc_sets(observation: LayerObservation, params: SelectorParams) -> Sets:
     """Sets that the time and depth axes of `params` choose for the dense model's own queries and keys.
 
     The selection is the one that generation runs. Freezing (the layer axis) acts through hidden states, which
@@ -64,7 +79,7 @@ def prehoc_sets(observation: LayerObservation, params: SelectorParams) -> PreHoc
     if params.time is None:
         kept = allowed[:, None].expand(-1, params.num_kv_heads, -1, -1)
         nothing = torch.zeros_like(kept[..., 0])
-        return _Sets(cis.Selection(kept, nothing, nothing, nothing), allowed, params.group_size)
+        return _PreHocSets(cis.Selection(kept, nothing, nothing, nothing), allowed, params.group_size)
     selection, _ = cis.select(
         observation.query,
         observation.query_pre,
@@ -75,7 +90,7 @@ def prehoc_sets(observation: LayerObservation, params: SelectorParams) -> PreHoc
         observation.layer,
         None,
     )
-    return _Sets(selection, allowed, params.group_size)
+    return _PreHocSets(selection, allowed, params.group_size)
 
 
 def _rows(observation: LayerObservation) -> Rows:

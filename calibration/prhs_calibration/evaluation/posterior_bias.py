@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prhs_calibration.evaluation.comparison import BUDGETS, SELECTORS, Progress, Settings, compare
+from prhs_calibration.evaluation.comparison import BUDGETS, Progress, Settings, compare
+from prhs_calibration.evaluation.points import BASELINES, DEFAULTS
 from prhs_kernels.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ def analyze(
     loaded: LoadedModel,
     bundle: Bundle,
     *,
-    selectors: Sequence[str] = SELECTORS,
+    selectors: Sequence[str] = DEFAULTS,
     budgets: Sequence[float] = BUDGETS,
     num_prompts: int = 16,
     context_length: int | None = None,
     seed: int = 0,
     confidence: float = 0.95,
+    published: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare selectors on held-out prompts; returns the `data` of a posterior-bias result file.
@@ -40,6 +42,7 @@ def analyze(
         num_prompts: prompts of the verify split; intervals are over prompts, so at least 2 for any.
         context_length: tokens per prompt, decode steps included; the model's own when None.
         confidence: of the Student t intervals.
+        published: also every comparison method at the budgets of its publication.
         progress: called as `progress(stage, done, total)`.
 
     Raises:
@@ -49,7 +52,7 @@ def analyze(
     from prhs_kernels.runtime.attach import dense_params
     from prhs_kernels.runtime.scoring import Scorer
 
-    settings = Settings(tuple(selectors), tuple(budgets), confidence=confidence)
+    settings = Settings(tuple(selectors), tuple(budgets), confidence=confidence, published=published)
     if num_prompts < 1:
         raise UsageError(f"{num_prompts} prompts: at least 1 is needed")
     bundle.check_model(loaded.fingerprint)
@@ -58,9 +61,12 @@ def analyze(
         loaded.tokenizer, count=num_prompts, context_length=length, seed=seed, split="verify", sources=None
     )
     dense = dense_params(loaded.model.config)
+    asked = [BASELINES[name] for name in settings.selectors if name in BASELINES]
+    keep_queries = any(method.reads_prompt for method in asked)
 
     def replay(prompt: Prompt, observer: Callable[[LayerObservation], None]) -> None:
-        Scorer(loaded.model, prompt.input_ids, prompt.prefill_length).run(dense, observer)
+        ids, prefill = prompt.input_ids, prompt.prefill_length
+        Scorer(loaded.model, ids, prefill, keep_queries=keep_queries).run(dense, observer)
 
     lowest = float(bundle.tensors["time/lambda"][0])
     result = compare(prompts, replay, bundle.params_at, lowest, settings, progress=progress)

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from prhs_calibration.evaluation.bootstrap import PairedBootstrap, Sample, average, interval
-from prhs_calibration.evaluation.closed_loop import DENSE, Point
-from prhs_calibration.evaluation.comparison import PREHOC
 from prhs_calibration.evaluation.matching import TOLERANCE
+from prhs_calibration.evaluation.points import DENSE, PREHOC, Point
 from prhs_kernels.errors import InputError
 from prhs_kernels.runtime.stats import DecodeStats
 
@@ -48,6 +47,7 @@ def costs(point: Point, stats: DecodeStats) -> dict[str, Any]:
         "budget": point.budget,
         "delta": point.delta,
         "dial": point.dial,
+        "published": point.published,
         "matched": None if off is None else off <= TOLERANCE,
         **{name: measured[name] for name in COSTS},
     }
@@ -131,7 +131,7 @@ def averages(
         first = group[0]
         found.append(
             {"length": length, "tasks": [row["task"] for row in group]}
-            | {name: first[name] for name in ("point", "selector", "budget", "delta")}
+            | {name: first[name] for name in ("point", "selector", "budget", "delta", "published")}
             | scores(point == DENSE, mean, confidence, True)
             | {name: _mean([row[name] for row in group]) for name in COSTS}
         )

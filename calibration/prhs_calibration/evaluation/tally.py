@@ -10,7 +10,7 @@ import numpy as np
 import scipy.stats
 import torch
 
-from prhs_calibration.evaluation.open_loop import PreHocSets, steps_since_retrieval
+from prhs_calibration.evaluation.open_loop import Sets, steps_since_retrieval
 from prhs_kernels.selectors.baselines import DecodeRows
 
 POSITION_BINS = 20  # equal parts of position / kv_len
@@ -55,18 +55,15 @@ class Tally:
         self,
         layer: int,
         oracle: OracleRows,
-        kept: torch.Tensor,
-        uniform_dropped: float,
-        rows_read: torch.Tensor,
+        sets: Sets,
+        uniform_dropped: float | None,
     ) -> None:
         """Record one layer.
 
-        Args:
-            kept: `[num_kv_heads, steps, n]` bool.
-            uniform_dropped: mean dropped mass of the oracle with the same size everywhere, at this budget.
-            rows_read: `[num_kv_heads, steps]`, rows of K and V loaded.
+        uniform_dropped: mean dropped mass of the oracle with the same size everywhere, at this budget; None
+        where no budget was asked for, then that of the oracle at this selector's own sizes.
         """
-        rows = oracle.rows
+        rows, kept = oracle.rows, sets.kept
         size = kept.sum(-1)
         best = oracle.kept(size)
         dropped, best_dropped = oracle.dropped(kept), oracle.dropped(best)
@@ -81,16 +78,16 @@ class Tally:
         }
         for name, values in row.items():
             self.scalars[name][layer] = float(values.mean())
-        self.scalars["uniform_oracle_dropped_mass"][layer] = uniform_dropped
+        self.scalars["uniform_oracle_dropped_mass"][layer] = (
+            float(best_dropped.mean()) if uniform_dropped is None else uniform_dropped
+        )
         per_head = torch.einsum("hgdn,hdn->hg", rows.by_group(rows.dense_probs), (~kept).float())
         self.head_dropped[layer] = per_head.flatten().cpu().numpy() / kept.shape[1]
-        self._count(rows, size, rows_read)
+        self._count(rows, size, sets)
         self._locate(rows, missed, best)
 
-    def add_prehoc(self, sets: PreHocSets) -> None:
+    def add_lags(self, sets: Sets) -> None:
         """Record when the set of the layer just added was retrieved."""
-        self.counts["retrieved"] += float(sets.retrieved.sum())
-        self.counts["contested"] += float(sets.contested.sum())
         lag = steps_since_retrieval(sets.retrieved)
         chosen = (lag >= 0) & sets.contested
         index = lag[chosen].clamp(max=MAX_LAG).cpu()
@@ -98,12 +95,14 @@ class Tally:
             weight = weights[chosen].double().cpu()
             self.lag[row] += torch.bincount(index, weight, minlength=MAX_LAG + 1).numpy()
 
-    def _count(self, rows: DecodeRows, size: torch.Tensor, rows_read: torch.Tensor) -> None:
+    def _count(self, rows: DecodeRows, size: torch.Tensor, sets: Sets) -> None:
         seen = rows.num_visible.double()
         self.counts["units"] += size.numel()
         self.counts["kept"] += float(size.sum())
         self.counts["fraction"] += float((size / seen).sum())
-        self.counts["rows"] += float(rows_read.sum())
+        self.counts["rows"] += float(sets.rows_read.sum())
+        self.counts["retrieved"] += float(sets.retrieved.sum())
+        self.counts["contested"] += float(sets.contested.sum())
         self.counts["dense"] += 2 * float(seen.sum()) * rows.num_kv_heads
 
     def _locate(self, rows: DecodeRows, missed: torch.Tensor, best: torch.Tensor) -> None:
@@ -158,6 +157,8 @@ def summarise(tallies: list[Tally], confidence: float) -> dict[str, Any]:
     result["attended_fraction"] = float((counts["fraction"] / counts["units"]).mean())
     result["effective_budget"] = float((counts["kept"] / counts["units"]).mean())
     result["kv_bytes_read"] = float((counts["rows"] / counts["dense"]).mean())
+    contested = float(counts["contested"].sum())
+    result["retrieval_ratio"] = float(counts["retrieved"].sum()) / contested if contested else None
     heads = np.mean([tally.head_dropped for tally in tallies], axis=0)
     worst = np.unravel_index(int(heads.argmax()), heads.shape)
     result["worst_head"] = {

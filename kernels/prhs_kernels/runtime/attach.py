@@ -76,10 +76,12 @@ def sparse_attention(
     params: SelectorParams,
     observer: Observer | None = None,
     selector: StepSelector | None = None,
+    keep_queries: bool = False,
 ) -> Iterator[PrhsCache]:
     """Run `model` with the selectors of `params`; give the cache to pass as `past_key_values`.
 
-    With a `selector`, that method chooses what a decode step attends to, and `params` have every axis off.
+    With a `selector`, that method chooses what a decode step attends to, and `params` have every axis off;
+    it finds the prompt's queries in the cache, as does one that is set later when `keep_queries` is given.
     Everything that is patched is restored when the block ends, also after an exception. `params` are those of
     the whole model, also where transformers has split it over ranks; the cache holds this rank's heads.
 
@@ -95,7 +97,12 @@ def sparse_attention(
     params = local_params(model, params)
     if model.config._attn_implementation == IMPLEMENTATION:
         raise UsageError("this model is already inside a sparse_attention block")
-    cache = PrhsCache(model.config, params, keep_all=observer is not None or selector is not None)
+    cache = PrhsCache(
+        model.config,
+        params,
+        keep_all=observer is not None or selector is not None or keep_queries,
+        keep_queries=keep_queries or selector is not None,
+    )
     cache.selector = selector
     decoder: Any = model.base_model
     with contextlib.ExitStack() as undo:

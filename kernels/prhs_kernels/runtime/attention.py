@@ -15,6 +15,8 @@ from prhs_kernels.ops.window_prefill.api import window_prefill
 from prhs_kernels.runtime.cache import PrhsCache
 from prhs_kernels.selectors import cis
 from prhs_kernels.selectors.base import Rows, candidates
+from prhs_kernels.selectors.baselines.rows import DecodeRows
+from prhs_kernels.selectors.memory import PromptRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class LayerObservation:
     sparse_probs: the same shape, what this model attends with.
     visible: `[steps, n]` bool, what dense attention covers.
     kept: `[num_kv_heads, steps, n]` bool; retrieved, contested: `[num_kv_heads, steps]` bool.
+    prompts: layer -> its prefill, where the pass keeps the prompt's queries.
     """
 
     layer: int
@@ -43,6 +46,7 @@ class LayerObservation:
     kept: torch.Tensor
     retrieved: torch.Tensor
     contested: torch.Tensor
+    prompts: dict[int, PromptRows] = dataclasses.field(default_factory=dict)
 
 
 PREFILL_SAMPLES = 64  # prompt rows per layer whose loss is measured in a scoring pass
@@ -78,6 +82,8 @@ def attention_forward(
     assert isinstance(layer, int) and cache.forward is not None
     params = cache.params
     steps = query.shape[2]
+    if cache.forward.is_prefill:
+        cache.note_prompt(layer, query, key, scaling, sliding_window)
     if params.is_dense and observer is None and cache.selector is None:
         if not cache.forward.is_prefill:
             _count_dense(cache, steps, key, sliding_window)
@@ -183,7 +189,13 @@ def _decode(
     else:
         _check_single(rows, "a comparison selector")
         dense = _dense_probs(query, scores(), visible, None, scaling)
-        choice = cache.selector.choose(query[0], key[0], dense[0].flatten(0, 1), rows)
+        positions = rows.positions[0]
+        start = None if rows.sliding_window is None else positions + 1 - rows.sliding_window
+        choice = cache.selector.choose(
+            DecodeRows(
+                query[0], key[0], dense[0].flatten(0, 1), positions, start, layer, scaling, cache.memory
+            )
+        )
         cache.stats.add_choice(choice, visible)
         kept, retrieved, contested = choice.kept[None], choice.retrieved[None], choice.contested[None]
     if query.shape[2] == 1 and observer is None:
@@ -209,6 +221,7 @@ def _decode(
                 kept=kept[0],
                 retrieved=retrieved[0],
                 contested=contested[0],
+                prompts=cache.memory.prompts,
             )
         )
     return decode.attend(probs, value)

@@ -14,6 +14,7 @@ from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.stats import DecodeStats
 from prhs_kernels.selectors.base import Rows, StepSelector
 from prhs_kernels.selectors.cis import AnchorState
+from prhs_kernels.selectors.memory import Memory, PromptRows
 
 
 @dataclasses.dataclass
@@ -97,7 +98,13 @@ class PrhsCache(Cache):  # type: ignore[misc]
     be measured.
     """
 
-    def __init__(self, config: PreTrainedConfig, params: SelectorParams, keep_all: bool = False) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        params: SelectorParams,
+        keep_all: bool = False,
+        keep_queries: bool = False,
+    ) -> None:
         stock = DynamicCache(config=config).layers
         self._windows: list[int | None] = [getattr(layer, "sliding_window", None) for layer in stock]
         if params.is_dense and not keep_all:
@@ -106,6 +113,8 @@ class PrhsCache(Cache):  # type: ignore[misc]
             super().__init__(layers=[SelectiveLayer() for _ in range(params.num_layers)])
         self.params = params
         self.selector: StepSelector | None = None  # decides in decode steps instead of the axes of `params`
+        self.memory = Memory()  # the selector's
+        self.keep_queries = keep_queries  # of the prompt; some comparison selectors look at its attention
         self.stats = DecodeStats()
         self.alive: torch.Tensor | None = None  # [batch] bool, sequences that still count; None for all
         self.forward: Forward | None = None
@@ -135,6 +144,22 @@ class PrhsCache(Cache):  # type: ignore[misc]
         slots = torch.arange(kv_slots - steps, kv_slots, device=device)
         return Rows(slots, self.forward.padding, kv_slots, sliding_window)
 
+    def note_prompt(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float, sliding_window: int | None
+    ) -> None:
+        """Keep the queries of a prefill pass, each `[batch, heads, tokens, head_dim]`, where asked to.
+
+        Not those of a batch, of a window or of a frozen prefix: comparison selectors take one dense prefill.
+        """
+        assert self.forward is not None
+        dense = self.params.depth is None and self.params.layer is None
+        if not (self.keep_queries and dense and query.shape[0] == 1):
+            return
+        queries = query[0]
+        if self.forward.first_slot:
+            queries = torch.cat([self.memory.prompts[layer].query, queries], dim=1)
+        self.memory.prompts[layer] = PromptRows(queries, key[0], scale, sliding_window)
+
     def rewind(self, length: int) -> None:
         """Forget every slot from `length` on and every anchor; for a second run over the same prefill."""
         layers: list[Any] = self.layers
@@ -142,6 +167,7 @@ class PrhsCache(Cache):  # type: ignore[misc]
             extra = layer.get_seq_length() - length
             if extra > 0:
                 layer.crop(-extra)
+        self.memory = Memory(self.memory.prompts)
         self.stats = DecodeStats()
 
     @property

@@ -42,10 +42,13 @@ class Scorer:
     """Teacher-forced closed-loop passes of one model over one prompt.
 
     `tokens[:prefill_length]` are the prompt, every later token is a decode step. Runs that differ in the time
-    axis only share one prefill; use `prepared` to keep it between them.
+    axis only share one prefill; use `prepared` to keep it between them. Comparison selectors that look at the
+    prompt's attention need `keep_queries`.
     """
 
-    def __init__(self, model: PreTrainedModel, tokens: list[int], prefill_length: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokens: list[int], prefill_length: int, *, keep_queries: bool = False
+    ) -> None:
         if num_ranks(model) > 1:
             raise UsageError("a scoring pass needs all heads in one process; run it without torchrun")
         if not 0 < prefill_length < len(tokens):
@@ -53,6 +56,7 @@ class Scorer:
         self.model = model
         self.tokens = torch.tensor([tokens], device=model.device)
         self.prefill_length = prefill_length
+        self.keep_queries = keep_queries
         self._observer: Observer | None = None
 
     @contextlib.contextmanager
@@ -62,7 +66,7 @@ class Scorer:
         with torch.inference_mode():
             if params.layer is not None:
                 unfrozen = self._dense_keys(params)
-            with sparse_attention(self.model, params, self._notify) as cache:
+            with sparse_attention(self.model, params, self._notify, keep_queries=self.keep_queries) as cache:
                 cache.unfrozen_keys = unfrozen
                 self.model(
                     input_ids=self.tokens[:, : self.prefill_length], past_key_values=cache, logits_to_keep=1

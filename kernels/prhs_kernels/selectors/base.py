@@ -6,11 +6,14 @@ A *slot* is an index into the cache of a left-padded batch; slot `pad + p` of a 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from prhs_kernels.params import SelectorParams
+
+if TYPE_CHECKING:
+    from prhs_kernels.selectors.baselines.rows import DecodeRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +70,16 @@ class Choice:
 
 
 class StepSelector(Protocol):
-    """Another method in the place of the three axes, for comparison: the sets of one layer's decode steps."""
+    """Another method in the place of the three axes, for comparison.
 
-    def choose(
-        self, query: torch.Tensor, keys: torch.Tensor, dense_probs: torch.Tensor, rows: Rows
-    ) -> Choice:
-        """Sets of a run of steps of one unpadded sequence; keys behind a step belong to later steps.
+    It keeps no state of its own: what a later layer or step needs goes to `rows.memory.notes`, which is empty
+    at the first step behind a prefill.
+    """
 
-        Args:
-            query: `[num_qo_heads, steps, head_dim]` after RoPE; keys: `[num_kv_heads, n, head_dim]`.
-            dense_probs: `[num_qo_heads, steps, n]` fp32, attention of these queries over all these keys.
+    def choose(self, rows: DecodeRows) -> Choice:
+        """Sets of a run of decode steps of one layer of one unpadded sequence.
+
+        A run goes through the layers in order; keys behind a step belong to later steps of the same run.
         """
 
 

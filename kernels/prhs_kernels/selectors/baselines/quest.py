@@ -6,24 +6,28 @@ import dataclasses
 
 import torch
 
-from prhs_kernels.selectors.baselines.rows import DecodeRows
+from prhs_kernels.selectors.base import Choice
+from prhs_kernels.selectors.baselines.method import AtBudget, Baseline
+from prhs_kernels.selectors.baselines.rows import DecodeRows, falling_rank
 
 
 @dataclasses.dataclass(frozen=True)
-class Quest:
+class Quest(Baseline):
     """Pages whose elementwise key minimum and maximum allow the largest logit (arXiv:2406.10774).
 
     As published: pages of 16, the newest page always, no sinks. Two things the publication leaves open or
     does otherwise, so that methods compare at equal effective budget: a group of query heads shares one set,
     chosen by the largest bound of its heads (published: one set per query head); and no layer is exempt
-    (published: the first two are dense).
+    (published: the first two are dense, as in `published`).
     """
 
     page_size: int = 16  # positions
-    name: str = "quest"
-    retrieval_ratio: float = dataclasses.field(
-        default=1.0, init=False
-    )  # scores at every step, though page summaries instead of keys
+    name = "quest"
+
+    @property
+    def published(self) -> tuple[AtBudget, ...]:
+        """1,024 positions, within the published 256 to 4,096."""
+        return (AtBudget(self, tokens=1024, dense_layers=(0, 1)),)
 
     def page_bounds(self, rows: DecodeRows) -> torch.Tensor:
         """Upper bound of `q . k` over the keys of each page, `[num_qo_heads, num_steps, num_pages]` float32.
@@ -40,24 +44,20 @@ class Quest:
         query = rows.query.float()
         return query.clamp(min=0) @ high.mT + query.clamp(max=0) @ low.mT
 
-    def select(self, rows: DecodeRows, size: torch.Tensor) -> torch.Tensor:
-        """Kept set `[num_kv_heads, num_steps, kv_len_max]` bool: whole pages, the count nearest to `size`.
+    def select(self, rows: DecodeRows, size: torch.Tensor) -> Choice:
+        """Whole pages, the count nearest to `size`; scores page summaries instead of keys, at every step.
 
-        The page of the current position counts with the positions it holds so far and is always kept.
+        The page of the current position counts with the positions it holds so far and is always kept. Read
+        are the minimum and maximum of every older page with a visible key.
         """
         bounds = rows.by_group(self.page_bounds(rows)).amax(1)
         page = torch.arange(bounds.shape[-1], device=bounds.device)
         newest = rows.positions // self.page_size
-        candidate = (page < newest[:, None]) & (page >= (rows.first_visible // self.page_size)[:, None])
-        order = bounds.masked_fill(~candidate, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(-1, order, page.expand_as(order))
+        oldest = rows.first_visible // self.page_size
+        candidate = (page < newest[:, None]) & (page >= oldest[:, None])
         in_newest = rows.positions % self.page_size + 1
         count = ((size - in_newest).clamp(min=0) / self.page_size).round()
-        chosen = ((rank < count[..., None]) & candidate) | (page == newest[:, None])
-        kept = chosen.repeat_interleave(self.page_size, -1)[..., : rows.keys.shape[1]]
-        return kept & rows.visible
-
-    def rows_read(self, rows: DecodeRows, kept: torch.Tensor) -> torch.Tensor:
-        """Minimum and maximum of every older page with a visible key, then K and V of the kept pages."""
-        older = rows.positions // self.page_size - rows.first_visible // self.page_size
-        return 2 * older + 2 * kept.sum(-1)
+        chosen = (falling_rank(bounds, candidate) < count[..., None]) & candidate
+        chosen = chosen | (page == newest[:, None])
+        kept = chosen.repeat_interleave(self.page_size, -1)[..., : rows.keys.shape[1]] & rows.visible
+        return rows.chosen(kept, size, retrieved=True, extra_rows=2 * (newest - oldest))

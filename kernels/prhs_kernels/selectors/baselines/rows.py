@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Protocol
 
 import torch
 
-from prhs_kernels.errors import InputError
+from prhs_kernels.errors import InputError, UsageError
+from prhs_kernels.selectors.base import Choice
+from prhs_kernels.selectors.memory import Memory, PromptRows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -16,7 +17,8 @@ class DecodeRows:
     """Queries of `num_steps` decode steps of one sequence in one layer, with the keys they may attend.
 
     A step at position t sees positions `window_start .. t`; keys behind t belong to later steps.
-    Methods other than the oracle must not look at `dense_probs`.
+    `dense_probs` stand for the scores of a method that computes them: the oracle and exact top-k scan every
+    key; other methods may look only at what they load, and count it.
     """
 
     query: torch.Tensor  # [num_qo_heads, num_steps, head_dim], as attention uses it (after RoPE)
@@ -26,6 +28,9 @@ class DecodeRows:
     )  # [num_qo_heads, num_steps, kv_len_max] float32, attention of the unmodified model
     positions: torch.Tensor  # [num_steps] int64, position of each query
     window_start: torch.Tensor | None = None  # [num_steps] int64, first position of the model's own window
+    layer: int = 0
+    scale: float = 1.0  # what dot products are multiplied by
+    memory: Memory = dataclasses.field(default_factory=Memory)
 
     def __post_init__(self) -> None:
         num_qo_heads, num_steps, head_dim = self.query.shape
@@ -52,6 +57,16 @@ class DecodeRows:
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.query.shape[0] // self.keys.shape[0]
+
+    @property
+    def prompt(self) -> PromptRows:
+        """This layer's prefill. UsageError where its queries were not kept."""
+        try:
+            return self.memory.prompts[self.layer]
+        except KeyError:
+            raise UsageError(
+                "this selector looks at the prompt's queries, which were not kept: give it before the prefill"
+            ) from None
 
     @functools.cached_property
     def first_visible(self) -> torch.Tensor:
@@ -80,23 +95,32 @@ class DecodeRows:
         """View `[num_qo_heads, ...]` as `[num_kv_heads, group_size, ...]`."""
         return per_head.reshape(self.num_kv_heads, self.group_size, *per_head.shape[1:])
 
+    def chosen(
+        self,
+        kept: torch.Tensor,
+        size: torch.Tensor,
+        *,
+        retrieved: torch.Tensor | bool,
+        extra_rows: torch.Tensor | int = 0,
+    ) -> Choice:
+        """A `Choice` with K and V of `kept` loaded, and `extra_rows` of whatever was scored to find it.
 
-class Baseline(Protocol):
-    """What the evaluation needs from a method."""
+        retrieved: where something was scored; counts only where `size` leaves a choice.
+        """
+        contested = (size < self.num_visible).expand(kept.shape[:2])
+        read = (2 * kept.sum(-1) + extra_rows).expand(kept.shape[:2])
+        return Choice(kept, contested & retrieved, contested, read)
 
-    @property
-    def name(self) -> str:
-        """Short name in results and plots."""
 
-    @property
-    def retrieval_ratio(self) -> float:
-        """Retrievals over those of per-step top-k; what a retrieval costs is in `rows_read`."""
+def falling_rank(weight: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """Place of every position in falling order of `weight [..., n]`, int64; what is not allowed comes last.
 
-    def select(self, rows: DecodeRows, size: torch.Tensor) -> torch.Tensor:
-        """Kept set `[num_kv_heads, num_steps, kv_len_max]` bool of about `size [num_kv_heads, num_steps]`."""
-
-    def rows_read(self, rows: DecodeRows, kept: torch.Tensor) -> torch.Tensor:
-        """Rows of K and V (`head_dim` elements each) loaded per step, `[num_kv_heads, num_steps]` int64."""
+    Equal weights are taken from the lowest position on. Compared with a size, one sort gives the top-k of
+    any k. `allowed` broadcasts to `weight`, which is finite.
+    """
+    order = weight.masked_fill(~allowed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
 
 
 def uniform_size(rows: DecodeRows, fraction: float) -> torch.Tensor:

@@ -6,11 +6,13 @@ import dataclasses
 
 import torch
 
+from prhs_kernels.selectors.base import Choice
+from prhs_kernels.selectors.baselines.method import AtBudget, Baseline
 from prhs_kernels.selectors.baselines.rows import DecodeRows
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamingLLM:
+class StreamingLLM(Baseline):
     """The first `num_sinks` positions and the most recent ones (Xiao et al., arXiv:2309.17453).
 
     The local window takes what the sinks leave of `size`. With a size of `num_sinks` or less the current
@@ -19,18 +21,18 @@ class StreamingLLM:
     """
 
     num_sinks: int = 4  # positions, the published setting
-    name: str = "streaming-llm"
-    retrieval_ratio: float = dataclasses.field(default=0.0, init=False)  # never scores a key
+    name = "streaming-llm"
 
-    def select(self, rows: DecodeRows, size: torch.Tensor) -> torch.Tensor:
-        """Kept set `[num_kv_heads, num_steps, kv_len_max]` bool of exactly `min(size, visible)`."""
-        size = size.minimum(rows.num_visible)
-        sinks = (self.num_sinks - rows.first_visible).clamp(min=0).minimum(size - 1).clamp(min=0)
+    @property
+    def published(self) -> tuple[AtBudget, ...]:
+        """A cache of 1,024: 4 sinks and 1,020 recent positions."""
+        return (AtBudget(self, tokens=1024),)
+
+    def select(self, rows: DecodeRows, size: torch.Tensor) -> Choice:
+        """Exactly `min(size, visible)`; nothing is scored."""
+        count = size.minimum(rows.num_visible)
+        sinks = (self.num_sinks - rows.first_visible).clamp(min=0).minimum(count - 1).clamp(min=0)
         key = torch.arange(rows.keys.shape[1], device=rows.keys.device)
         is_sink = key < (rows.first_visible + sinks)[..., None]
-        is_local = key > (rows.positions - (size - sinks))[..., None]
-        return (is_sink | is_local) & rows.visible
-
-    def rows_read(self, rows: DecodeRows, kept: torch.Tensor) -> torch.Tensor:
-        """Nothing is scored: K and V of the kept set only."""
-        return 2 * kept.sum(-1)
+        is_local = key > (rows.positions - (count - sinks))[..., None]
+        return rows.chosen((is_sink | is_local) & rows.visible, size, retrieved=False)
