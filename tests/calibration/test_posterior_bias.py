@@ -361,12 +361,10 @@ def test_methods_remember_within_a_prompt_only() -> None:
     settings = Settings(selectors=("h2o",), budgets=(0.2,))
     one, other = FakePrompt(1), FakePrompt(2)
     runs = ([one], [other], [one, other], [other, one])
-    figures = [
-        cell(compare(prompts, replay_of(model), family(model), 0.01, settings), "h2o", 0.2)["dropped_mass"][
-            "mean"
-        ]
-        for prompts in runs
+    cells: list[dict[str, Any]] = [
+        compare(prompts, replay_of(model), family(model), 0.01, settings)["cells"][0] for prompts in runs
     ]
+    figures = [found["dropped_mass"]["mean"] for found in cells]
     assert figures[2] == figures[3] == pytest.approx((figures[0] + figures[1]) / 2, rel=1e-12)
     assert figures[0] != figures[1]
 
