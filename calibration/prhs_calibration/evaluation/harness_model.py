@@ -12,7 +12,8 @@ import torch
 
 from prhs_calibration.evaluation import rows
 from prhs_kernels.errors import InputError
-from prhs_kernels.runtime.decode import Generation, Sampling, generate_tokens
+from prhs_kernels.runtime.decode import Generation, generate_tokens
+from prhs_kernels.runtime.sampling import Sampling
 from prhs_kernels.runtime.scoring import Scorer
 from prhs_kernels.runtime.stats import DecodeStats
 
