@@ -18,6 +18,7 @@ EPILOG = """\b
 Examples:
   prhs bench operator                                one layer: kernels, dense rivals, sparse peers
   prhs bench operator --shape llama-2-7b --batch 16 --context 2048,8192 --kept 1/8 --retrieval 0,1/16,1
+  prhs bench decode --shape llama-3-8b --batch 16 --context 32768 --kept 1024     whole decode steps
   prhs bench operator --dry-run                      cost in time and memory
   TRITON_INTERPRET=1 prhs bench operator             a trial at toy size without a GPU
 Shapes: llama-2-7b, llama-3-8b, llama-3-70b-tp8, mistral-7b, qwen2.5-7b, qwen3-8b; weights are random.
@@ -25,7 +26,9 @@ Exit code 1: a kernel gave a wrong result (it is not timed then)."""
 
 
 def command(
-    what: Annotated[Literal["operator"], typer.Argument(help="What to measure.", show_default=False)],
+    what: Annotated[
+        Literal["operator", "decode"], typer.Argument(help="What to measure.", show_default=False)
+    ],
     shape: Annotated[
         str | None, typer.Option("--shape", metavar="A,B,…", help="Model shapes.", show_default=False)
     ] = None,
@@ -95,7 +98,7 @@ def command(
         _numbers(kept, _fraction, "--kept", "1024,1/8"),
         _numbers(retrieval, _fraction, "--retrieval", "0,1/16,1"),
         bundle,
-        {"tune": tune},
+        {"tune": True} if tune else {},
     )
     if dry_run:
         cost, parts = benchmarks.estimate(request, dtype)

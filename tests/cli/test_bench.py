@@ -179,31 +179,51 @@ def test_bundle_gives_kept_and_ratio(prhs: Prhs, monkeypatch: pytest.MonkeyPatch
     assert plan.ratios == (found.retrieval_ratio,) and plan.points[0].kept == round(found.kept * 4096)
 
 
-@needs_triton
-def test_toy_run_in_the_interpreter(tmp_path: Path) -> None:
-    """The real thing, in a process whose triton interprets; run twice, it measures once."""
-    path = tmp_path / "r.json"
-    command = [sys.executable, "-m", "prhs_cli", "bench", "operator", "-o", str(path)]
+def toy_run(what: str, path: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """The real thing, in a process whose triton interprets."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
+    command = [sys.executable, "-m", "prhs_cli", "bench", what, "-o", str(path), *more]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@needs_triton
+def test_operator_at_toy_size(tmp_path: Path) -> None:
+    """Run twice, it measures once."""
+    path = tmp_path / "r.json"
+    done = toy_run("operator", path)
     assert "trial at toy size" in done.stderr and "sparse_decode + merge" in done.stdout
-    data = stored(path)["data"]
+    changed = stored(path)
+    data = changed["data"]
     assert data["complete"] and all(each["status"] == "ok" and each["timing"] for each in data["rows"])
     assert {"layer, ρ = 0", "layer, ρ = 1", "scan", "dense_decode"} <= {each["case"] for each in data["rows"]}
     ratios = [each["values"]["retrieval_ratio"] for each in data["rows"] if each["kind"] == "layer"]
     assert ratios == [0, 1]
     del data["rows"][0]
-    changed = stored(path)
-    changed["data"]["rows"] = data["rows"]
     path.write_text(json.dumps(changed))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and "rows are done" in done.stderr
+    assert "rows are done" in toy_run("operator", path).stderr
     again = {each["key"]: each["timing"] for each in stored(path)["data"]["rows"]}
     assert len(again) == len(data["rows"]) + 1
     assert all(again[each["key"]] == each["timing"] for each in data["rows"])
+
+
+@needs_triton
+def test_decode_at_toy_size(tmp_path: Path) -> None:
+    done = toy_run("decode", tmp_path / "r.json", "--retrieval", "0,1/2")
+    assert "time to first token" in done.stdout
+    rows = {each["case"]: each for each in stored(tmp_path / "r.json")["data"]["rows"]}
+    assert all(each["status"] == "ok" and each["timing"] for each in rows.values())
+    assert len(rows) == 7
+    half, dense = rows["sparse, ρ = 0.5"], rows["dense_decode"]
+    assert half["values"]["retrieval_ratio"] == 0.5 and dense["values"]["attended_fraction"] == 1
+    kept = half["values"]["attended_fraction"]
+    assert 0.3 < kept < 1
+    # half of the units scan all keys, which are half of the bytes
+    read = half["values"]["kv_read_bytes"] / dense["values"]["kv_read_bytes"]
+    assert kept + 0.2 < read < kept + 0.3

@@ -271,3 +271,46 @@ def test_a_wrong_kernel_is_never_timed() -> None:
     assert found["layer, ρ = 0"] == ("wrong", "False")
     right = [case for case, seen in found.items() if seen == ("ok", "True")]
     assert {"dense_decode", "sdpa math", AS_GPT_FAST, "scan", "weigh", "select + compact"} <= set(right)
+
+
+PLANTED_STEP = """
+import torch
+from prhs_kernels.bench import decode
+from prhs_kernels.bench.session import Session
+from prhs_kernels.runtime import engine
+right = engine.sparse_decode
+def wrong(*arguments, **settings):
+    output, lse = right(*arguments, **settings)
+    return output * 1.05, lse
+engine.sparse_decode = wrong
+plan = decode.Plan(decode.toy_points(), (0.0,))
+session = Session([], print, seconds=1e-9)
+decode.cases = lambda point, ratios, cases=decode.cases: list(cases(point, ratios))[:1]
+session.out_of_time = lambda: False
+decode.measure(plan, session, "cpu", torch.float16)
+(row,) = session.rows
+print("FOUND", row["status"], row["timing"], row["error"])
+"""
+
+
+@needs_triton
+def test_a_wrong_decode_step_is_never_timed() -> None:
+    """Attention that is 5 % too large changes the logits by more than the precision does."""
+    done = child("-c", PLANTED_STEP)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "FOUND wrong None wrong result, not timed: logits: error" in done.stdout
+
+
+def test_random_models_have_the_size_of_their_shape() -> None:
+    from prhs_kernels.bench.decode_cases import sparse_params
+    from prhs_kernels.bench.models import random_model
+    from prhs_kernels.bench.shapes import ModelShape
+
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        shape = ModelShape("tiny", family, 3, 8, 2, 64, 96, 112, 50)
+        model = random_model(shape, 64, torch.float32, "cpu")
+        matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2)
+        assert matrices == shape.num_parameters, family
+        assert shape.parameters_read == matrices - 50 * 96
+        time = sparse_params(model, 60, 0.5).time
+        assert time is not None and int((time.gate == 0).sum()) == 3  # half of 3 layers x 2 KV heads

@@ -97,12 +97,18 @@ def run(case: Case, problem: Problem, device: str) -> Row:
     try:
         timing = measure(case.prepare(), device, before=case.before)
         return dataclasses.replace(row, timing=timing, values=case.values())
-    except torch.cuda.OutOfMemoryError as error:
-        return dataclasses.replace(row, status="out of memory", error=describe(error))
-    except AssertionError as error:
-        return dataclasses.replace(row, status="wrong", error=f"wrong result, not timed: {describe(error)}")
     except Exception as error:  # the report says what failed
-        return dataclasses.replace(row, status="failed", error=describe(error))
+        return failure(row, error)
+
+
+def failure(row: Row, error: Exception, needed: str = "") -> Row:
+    """The row with what went wrong; `needed` says how much memory it takes."""
+    if isinstance(error, AssertionError):
+        return dataclasses.replace(row, status="wrong", error=f"wrong result, not timed: {describe(error)}")
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        text = f"{needed}: {describe(error)}" if needed else describe(error)
+        return dataclasses.replace(row, status="out of memory", error=text)
+    return dataclasses.replace(row, status="failed", error=describe(error))
 
 
 def describe(error: Exception) -> str:

@@ -15,13 +15,11 @@ from prhs_kernels.bench.dense_cases import dense_cases, slow_to_start_cases
 from prhs_kernels.bench.report import tables
 from prhs_kernels.bench.retrieval_cases import layer_cases, stage_cases, tuning_cases
 from prhs_kernels.bench.session import Record, Session, free_bytes
-from prhs_kernels.bench.shapes import TOY, Point, find
-from prhs_kernels.errors import UsageError
+from prhs_kernels.bench.shapes import TOY, Point, check_ratios, find
 
 __all__ = ["RATIOS", "Plan", "cost", "default_points", "measure", "tables", "toy_points"]
 
 RATIOS = (0.0, 1 / 16, 1 / 8, 1.0)  # of the rows that retrieve
-ASSUMED_RATE = 4e12  # bytes per second, for the estimate of a dry run
 CASE_SECONDS, SLOW_SECONDS = 1.5, 20.0  # to compile and check a case; one that torch compiles
 
 
@@ -34,9 +32,7 @@ class Plan:
     tune: bool = False
 
     def __post_init__(self) -> None:
-        for ratio in self.ratios:
-            if not 0 <= ratio <= 1:
-                raise UsageError(f"retrieval ratio {ratio:g} is not between 0 and 1")
+        check_ratios(self.ratios)
 
     @property
     def problems(self) -> list[Problem]:
@@ -119,8 +115,8 @@ def cost(plan: Plan, dtype: torch.dtype) -> list[dict[str, Any]]:
         for group in passes(dataclasses.replace(plan, tune=False)):
             for case in group(inputs):
                 calls = timing.CALLS * (timing.REPLAYS + 4)
-                slow = group is slow_to_start_cases
-                seconds += calls * case.num_bytes / ASSUMED_RATE + (SLOW_SECONDS if slow else CASE_SECONDS)
+                start = SLOW_SECONDS if group is slow_to_start_cases else CASE_SECONDS
+                seconds += calls * case.num_bytes / timing.ASSUMED_RATE + start
                 count += 1
         memory = inputs.num_bytes / 2**30
         rows.append({"problem": str(problem), "cases": count, "seconds": seconds, "gib": memory})

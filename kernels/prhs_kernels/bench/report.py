@@ -80,7 +80,8 @@ def published(row: Record, device: str) -> float | None:
 
 
 def _masked(rows: Sequence[Record]) -> dict[tuple[Any, ...], float]:
-    return {place(row): row["timing"]["p50"] for row in rows if row["case"] == AS_GPT_FAST and row["timing"]}
+    measured = [row for row in rows if row["case"] == AS_GPT_FAST and row["timing"]]
+    return {place(row): row["timing"]["p50"] for row in measured}
 
 
 def _figures(row: Record, dense: Dense | None, masked: float | None, device: str) -> Record:
@@ -111,7 +112,12 @@ def tables(rows: Sequence[Record], device: str) -> list[Table]:
     for row in derived:
         problems.setdefault(str(Problem(**row["problem"])), []).append(row)
     return [
-        Table(name, COLUMNS, [_cells(row) for row in group if row["timing"]], _notes(group, dense))
+        Table(
+            name,
+            COLUMNS,
+            [_cells(row) for row in group if row["timing"]],
+            notes(group, dense.get(place(group[0]))),
+        )
         for name, group in problems.items()
     ]
 
@@ -137,17 +143,17 @@ def ratio(value: float | None, claimed: bool) -> str | None:
     return f"{value:.2f}" if claimed else f"({value:.2f})"
 
 
-def _notes(rows: list[Record], fastest: dict[tuple[Any, ...], Dense]) -> list[str]:
-    dense = fastest.get(place(rows[0]))
-    notes = [f"{row['case']}: {row['status']}, {row['error']}" for row in rows if not row["timing"]]
-    notes += [f"{row['case']}: {row['note']}" for row in rows if row["timing"] and row["note"]]
+def notes(rows: list[Record], dense: Dense | None) -> list[str]:
+    """Failures, remarks, and what the ratios are to."""
+    lines = [f"{row['case']}: {row['status']}, {row['error']}" for row in rows if not row["timing"]]
+    lines += [f"{row['case']}: {row['note']}" for row in rows if row["timing"] and row["note"]]
     if dense is None:
-        return [*notes, "no dense attention was measured: no speed-up to report"]
+        return [*lines, "no dense attention was measured: no speed-up to report"]
     text = f"fastest dense: {dense.case}, {dense.us:.1f} us, "
     text += f"{100 * dense.copy_fraction:.0f} % of the copy bandwidth ({rows[0]['copy_rate'] / 1e6:.2f} TB/s)"
     if dense.published is not None:
         text += f"; {FA3} published {dense.published} us"
-    notes.append(text)
+    lines.append(text)
     if not dense.may_claim:
-        notes.append(f"ratios in brackets are no claim: that is below {100 * CLAIM:.0f} %")
-    return notes
+        lines.append(f"ratios in brackets are no claim: that is below {100 * CLAIM:.0f} %")
+    return lines

@@ -108,3 +108,10 @@ def grid(
             )
         points.append(Point(shape, batch, context, positions))
     return tuple(points)
+
+
+def check_ratios(ratios: Iterable[float]) -> None:
+    """UsageError for a retrieval ratio that is no fraction."""
+    for ratio in ratios:
+        if not 0 <= ratio <= 1:
+            raise UsageError(f"retrieval ratio {ratio:g} is not between 0 and 1")

@@ -10,6 +10,7 @@ import torch
 
 CALLS = 16  # per graph, so that starting the graph is a small part of each
 REPLAYS = 20
+ASSUMED_RATE = 4e12  # bytes per second, for the estimate of a dry run
 CACHE_BYTES = 256 * 2**20  # what must pass between two uses of a buffer: several times the L2 of any card
 Calls = Sequence[Callable[[], object]]
 
