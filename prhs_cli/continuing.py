@@ -16,7 +16,7 @@ from prhs_cli.loading import Source
 from prhs_cli.output import Output
 from prhs_cli.prompt_files import Prompt
 from prhs_kernels.errors import PrhsError
-from prhs_kernels.runtime.distributed import from_rank_zero
+from prhs_kernels.runtime.distributed import from_rank_zero, launched
 
 if TYPE_CHECKING:
     from prhs_calibration.memory import Room
@@ -46,6 +46,7 @@ class Job:
     room: Room
     runs: dict[str, list[Generation]] = dataclasses.field(default_factory=dict)
     lengths: dict[str, list[list[int]]] = dataclasses.field(default_factory=dict)
+    _noted: set[str] = dataclasses.field(default_factory=set)
 
     @classmethod
     def prepare(
@@ -54,15 +55,16 @@ class Job:
         source: Source,
         delta: float | None,
         sampling: Sampling,
+        settings: Mapping[str, Any],
         *,
         dense: bool,
-        settings: Mapping[str, Any] | None = None,
     ) -> Job:
         """Load model and bundle, the bundle at its own operating point or at that of `delta`."""
         from prhs_calibration.memory import Room
         from prhs_kernels.runtime.attach import dense_params
         from prhs_kernels.runtime.distributed import num_ranks
 
+        _check_backend(settings["backend"], source)
         loaded, bundle = source.open(out)
         config = loaded.model.config
         dial = bundle.metadata.dial_index if delta is None else bundle.dial_for(delta)
@@ -75,7 +77,7 @@ class Job:
         variants = {"sparse": bundle.params(dial)} | ({"dense": dense_params(config)} if dense else {})
         stops = prompting.stop_token_ids(loaded.model, loaded.tokenizer)
         room = Room(config, loaded.dtype, loaded.device, num_ranks(loaded.model))
-        return cls(out, loaded, variants, facts, sampling, settings or {}, stops, room)
+        return cls(out, loaded, variants, facts, sampling, settings, stops, room)
 
     def requests(self, prompts: Sequence[Prompt], raw: bool, asked: int) -> list[Request]:
         """Token ids and limit of every prompt; notes what the context cuts."""
@@ -116,9 +118,15 @@ class Job:
             ):
                 for row, token in zip(made, tokens, strict=True):
                     row += [] if token is None else [token]
+                self._note_once(run.notes)
                 yield tokens
         self.runs.setdefault(variant, []).append(run)
         self.lengths.setdefault(variant, []).append([len(row) for row in made])
+
+    def _note_once(self, notes: Sequence[str]) -> None:
+        for note in [note for note in notes if note not in self._noted]:
+            self._noted.add(note)
+            self.out.note(note)
 
     def conditions(self) -> dict[str, Any]:
         """What an answer depends on beside its prompt and its limit."""
@@ -150,6 +158,17 @@ class Job:
         from prhs_kernels.runtime.batches import summarize
 
         return {name: summarize(self.runs[name], self.lengths[name]) for name in self.runs}
+
+
+def _check_backend(backend: Any, source: Source) -> None:
+    """ResourceError before the model is loaded when the backend cannot run on the device asked for."""
+    import torch
+
+    from prhs_calibration.models import resolve_device
+    from prhs_kernels.ops.backend import use_triton
+
+    if launched().size == 1:
+        use_triton(backend, torch.empty(0, device=resolve_device(source.device)))
 
 
 def stream(job: Job, request: Request) -> dict[str, Any]:

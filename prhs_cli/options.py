@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -140,6 +140,21 @@ Corpus = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="PATH", help="Text file or folder, repeatable; without it built-in text.", show_default=False
+    ),
+]
+Backend = Annotated[
+    Literal["auto", "reference", "triton"],
+    typer.Option(
+        "--backend",
+        help="`auto`: triton kernels under a CUDA graph on a GPU, PyTorch elsewhere; see `prhs doctor`.",
+    ),
+]
+Mode = Annotated[
+    Literal["audited", "released"],
+    typer.Option(
+        "--mode",
+        help="`audited` keeps every position, so that the dropped mass can be measured; `released` frees the "
+        "memory of positions that no later step can reach.",
     ),
 ]
 Temperature = Annotated[

@@ -100,7 +100,9 @@ class Room:
         """Turn an allocation that failed all the same into a ResourceError that says what may fit."""
         try:
             yield
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not _ran_out(error):
+                raise
             needed, free = self._bytes(tokens, batch), available(self.device)
             raise ResourceError(
                 f"out of memory on {self.device} with {_sequences(batch, tokens)}: about {needed / GIB:.1f} "
@@ -120,6 +122,14 @@ class Room:
 
     def _bytes(self, tokens: int, batch: int) -> int:
         return run_bytes(self.config, tokens, self.dtype, batch=batch, ranks=self.ranks)
+
+
+def _ran_out(error: BaseException) -> bool:
+    """Whether an allocation failed; torch has a type of its own for CUDA only."""
+    texts = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        text in str(error) for text in texts
+    )
 
 
 def _sequences(batch: int, tokens: int) -> str:

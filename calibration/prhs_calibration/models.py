@@ -66,14 +66,16 @@ def load(
 ) -> LoadedModel:
     """Load a model by alias, hub id, local folder or embedded name; under torchrun split over its `ranks`.
 
-    `device`: None or "auto" takes CUDA when there is one. `dtype`: None or "auto" is bf16 on CUDA, fp32 on
-    the CPU. Safetensors only, no code of the repository is run, weights that do not cover the model are
-    refused. Raises UsageError for a device or dtype that cannot be meant and for ranks that cannot share the
-    KV heads, ResourceError when the device is absent or its memory too small (asked before anything large is
-    downloaded or read), UnsupportedModelError for attention that is not ours, InputError for everything wrong
-    with name, files or network.
+    `device`: None or "auto" takes CUDA when there is one; a CUDA device becomes the current one. `dtype`:
+    None or "auto" is bf16 on CUDA, fp32 on the CPU. Safetensors only, no code of the repository is run,
+    weights that do not cover the model are refused. Raises UsageError for a device or dtype that cannot be
+    meant and for ranks that cannot share the KV heads, ResourceError when the device is absent or its memory
+    too small (asked before anything large is downloaded or read), UnsupportedModelError for attention that is
+    not ours, InputError for everything wrong with name, files or network.
     """
     target = resolve_device(device) if ranks == 1 else _rank_device(device)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)  # kernels and graphs go to the current device, not to their arguments'
     precision = resolve_dtype(dtype, target)
     source = locate(name, revision)
     with _quiet():
@@ -150,9 +152,7 @@ def _rank_device(device: str | torch.device | None) -> torch.device:
         )
     if kind == "cpu":
         return torch.device("cpu")
-    target = resolve_device(f"cuda:{distributed.launched().local_rank}")
-    torch.cuda.set_device(target)
-    return target
+    return resolve_device(f"cuda:{distributed.launched().local_rank}")
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

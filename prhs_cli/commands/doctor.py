@@ -21,6 +21,8 @@ LIBRARIES = (
     "torch",
     "transformers",
     "triton",
+    "accelerate",
+    "lm_eval",
     "numpy",
     "scipy",
     "matplotlib",
@@ -53,8 +55,10 @@ def examine() -> dict[str, Any]:
 
     from prhs_calibration import bundle_store, results
     from prhs_calibration.reference_model import reference_path
+    from prhs_kernels.ops.backend import explain_backend
 
     cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
     embedded = reference_path()
     return {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -62,7 +66,7 @@ def examine() -> dict[str, Any]:
         "devices": _devices(),
         "runs": {
             "default device": "cuda" if cuda else "cpu",
-            "sparse attention": "reference implementation (PyTorch)",
+            "generate --backend auto": explain_backend(device),
             "default dtype": "bfloat16" if cuda else "float32",
             "threads": torch.get_num_threads(),
         },

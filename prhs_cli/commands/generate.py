@@ -76,6 +76,8 @@ def command(
     stats: Annotated[
         bool, typer.Option("--stats", help="End with a table of speed, budget and KV bytes.")
     ] = False,
+    backend: options.Backend = "auto",
+    mode: options.Mode = "audited",
     raw: Annotated[bool, typer.Option("--raw", help="Do not use the tokenizer's chat template.")] = False,
     revision: options.Revision = None,
     device: options.Device = "auto",
@@ -99,7 +101,8 @@ def command(
 
     source = Source(model, bundle, revision, device, dtype, split=True)
     sampling = Sampling(temperature, top_p, seed)
-    job = continuing.Job.prepare(out, source, delta, sampling, dense=compare is not None)
+    settings = {"backend": backend, "mode": mode}
+    job = continuing.Job.prepare(out, source, delta, sampling, settings, dense=compare is not None)
     requests = job.requests(prompts.prompts, raw, max_new_tokens)
     if prompts.is_text and file is None:
         with interruptible("the text so far is all there is"):

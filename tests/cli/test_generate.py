@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from .conftest import ROOT, Prhs, Workplace, random_text
 
@@ -86,6 +87,43 @@ def test_stats_of_many_prompts(prhs: Prhs, workplace: Workplace, questions: Path
     assert 0 < figures["attended_fraction"] < 1
     table = prhs(*generation(workplace, questions, "--stats")).out
     assert "tokens per second, all sequences" in table and "attended fraction" in table
+
+
+def test_released_mode_writes_the_same_tokens(prhs: Prhs, workplace: Workplace, questions: Path) -> None:
+    audited = lines(prhs(*generation(workplace, questions, "--json", "--stats")).out)
+    released = lines(prhs(*generation(workplace, questions, "--json", "--stats", "--mode", "released")).out)
+    tokens = [[answer["sparse"]["tokens"] for answer in answers[:-1]] for answers in (audited, released)]
+    assert tokens[0] == tokens[1]
+    figures = [answers[-1]["sparse"] for answers in (audited, released)]
+    assert [f["mode"] for f in figures] == ["audited", "released"]
+    assert [f["backend"] for f in figures] == ["reference", "reference"]
+    for name in ("prompt_tokens", "new_tokens"):
+        assert figures[0][name] == figures[1][name]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_backend_that_cannot_run_here_is_4_before_the_model_is_read(
+    prhs: Prhs, workplace: Workplace, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("prhs_calibration.models.load", fail)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    done = prhs(*generation(workplace, questions, "--backend", "triton"))
+    assert done.code == 4 and "use backend 'reference'" in done.error
+
+
+def test_why_the_engine_does_not_run_is_said_once(
+    prhs: Prhs, workplace: Workplace, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prhs_kernels.runtime import decode
+
+    reason = "head_dim = 16 has no kernel"
+    monkeypatch.setattr(decode, "use_triton", lambda backend, tensor: True)
+    monkeypatch.setattr(decode, "engine_unsupported", lambda model, params, backend: reason)
+    done = prhs(*generation(workplace, questions, "--batch-size", 1, "--compare", "dense"))
+    assert done.code == 0 and done.err.count(reason) == 1
 
 
 def test_dense_is_compared_prompt_by_prompt(prhs: Prhs, workplace: Workplace, questions: Path) -> None:
@@ -273,8 +311,6 @@ def test_memory_decides_the_batch_size(
 def test_memory_that_runs_out_all_the_same_is_4_and_keeps_what_is_finished(
     prhs: Prhs, workplace: Workplace, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
     output = tmp_path / "answers.jsonl"
     stop_after(monkeypatch, 1, torch.OutOfMemoryError("CUDA out of memory"))
     done = prhs(*generation(workplace, questions, "--output", output, "--batch-size", 2))

@@ -217,7 +217,9 @@ def test_models_lists_and_removes_bundles(prhs: Prhs, workplace: Workplace, own_
 def test_doctor_names_versions_devices_and_places(prhs: Prhs, own_data_folder: Path) -> None:
     done = prhs("doctor")
     assert done.code == 0
-    for words in ("torch", "transformers", "cpu", "sparse attention", str(own_data_folder)):
+    for words in ("torch", "transformers", "cpu", "generate --backend auto", str(own_data_folder)):
         assert words in done.out
     data = prhs("doctor", "--json").json
     assert data["devices"][0][0] == "cpu" and data["devices"][0][2] > 0
+    if len(data["devices"]) == 1:
+        assert data["runs"]["generate --backend auto"].startswith("reference") and "CUDA" in done.out

@@ -52,6 +52,17 @@ def use_triton(backend: Backend, tensor: torch.Tensor) -> bool:
     return True
 
 
+def explain_backend(device: torch.device) -> str:
+    """What `auto` takes on this device and why, in a line for people."""
+    if device.type != "cuda":
+        return "reference (PyTorch): the kernels need a CUDA device"
+    if not has_triton():
+        return "reference (PyTorch): triton is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    tested = "" if major >= 8 else "; tested from sm_80 on"
+    return f"triton kernels for sm_{major}{minor}, decode steps under a CUDA graph{tested}"
+
+
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
     """Raise `UsageError` unless the shape is the expected one; None stands for any size."""
     fits = tensor.dim() == len(expected) and all(

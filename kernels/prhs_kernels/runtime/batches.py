@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -96,8 +96,13 @@ def summarize(runs: Sequence[Generation], made: Sequence[Sequence[int]]) -> dict
         **stats.to_dict(),
         "kv_bytes_resident": max((run.kv_bytes_resident for run in runs), default=0),
         "kv_bytes_resident_dense": max((run.kv_bytes_resident_dense for run in runs), default=0),
-        "mode": runs[0].mode if runs else "",
+        **{name: _words(getattr(run, name) for run in runs) for name in ("mode", "backend", "attention")},
     }
+
+
+def _words(values: Iterable[str]) -> str:
+    """What the batches had in common, or each of it once."""
+    return ", ".join(dict.fromkeys(values))
 
 
 def _ratio(numerator: float, denominator: float) -> float:
