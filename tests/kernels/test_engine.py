@@ -12,6 +12,7 @@ from prhs_kernels.errors import InputError, UnsupportedModelError, UsageError
 from prhs_kernels.ops.backend import has_triton
 from prhs_kernels.ops.retrieve.state import Decision
 from prhs_kernels.ops.spans import span_mask
+from prhs_kernels.ops.step_plan.api import step_plan
 from prhs_kernels.params import DepthParams, FreezeMode, LayerParams, SelectorParams
 from prhs_kernels.runtime.attach import dense_params, sparse_attention
 from prhs_kernels.runtime.decode import Generation, generate_tokens, left_pad
@@ -95,7 +96,7 @@ def test_sets_are_those_of_the_reference_loop(
     with opened(model, params) as engine:
         engine.prefill(*left_pad(PROMPTS, 0))
         for step, column in enumerate(steps.T):
-            plan = engine.planner.plan(torch.tensor([engine.length]))
+            plan = step_plan(torch.tensor([engine.length]), engine.plan_rule)
             engine.step(column)
             torch.testing.assert_close(engine.logits, logits[:, step + 1], rtol=0, atol=1e-12)
             for layer in range(params.num_layers):

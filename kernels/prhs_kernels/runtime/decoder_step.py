@@ -18,7 +18,7 @@ from prhs_kernels.ops.backend import Backend
 from prhs_kernels.ops.rms_norm.api import rms_norm
 from prhs_kernels.ops.rope_append.api import rope_append
 from prhs_kernels.ops.silu_mul.api import silu_mul
-from prhs_kernels.runtime.step_plan import StepPlan
+from prhs_kernels.ops.step_plan.api import StepPlan
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias of a projection
 # query after and before RoPE, plan -> attention output `[batch, num_qo_heads, 1, head_dim]`

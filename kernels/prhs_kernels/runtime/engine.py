@@ -23,6 +23,7 @@ from prhs_kernels.ops.retrieve.state import (
     capacity_for,
 )
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
+from prhs_kernels.ops.step_plan.api import PlanRule, StepPlan, step_plan
 from prhs_kernels.params import Gate, SelectorParams, TimeParams
 from prhs_kernels.runtime.attach import check_params, check_supported, dense_params, sparse_attention
 from prhs_kernels.runtime.decoder_step import DecoderStep, unsupported
@@ -30,7 +31,6 @@ from prhs_kernels.runtime.distributed import num_ranks
 from prhs_kernels.runtime.sampling import Sampling, draw
 from prhs_kernels.runtime.static_cache import StaticCache
 from prhs_kernels.runtime.stats import DecodeStats
-from prhs_kernels.runtime.step_plan import Planner, StepPlan
 from prhs_kernels.runtime.step_stats import StepCounter
 
 Attention = Literal["sparse", "dense"]
@@ -139,7 +139,7 @@ class DecodeEngine:
         windows = sliding_windows(self.model)
         self._step: Any = DecoderStep(self.model, self.max_len, self.backend)
         self.cache: Any = StaticCache()
-        self.planner = Planner.create(params, windows, batch, self.device)
+        self.plan_rule = PlanRule.create(params, windows, batch, self.device)
         self._progress = _Progress(
             slot=torch.zeros(1, dtype=torch.long, device=self.device),
             token=torch.zeros(batch, dtype=torch.long, device=self.device),
@@ -164,7 +164,6 @@ class DecodeEngine:
         self.states: Any = {}
         self._stacked: RetrievalState | None = None
         self._scratch: Any = None
-        gate = block = None
         if time is not None and self.selecting:
             capacity = set_capacity(params, windows, self.max_len)
             self._stacked = RetrievalState.allocate(
@@ -176,13 +175,9 @@ class DecodeEngine:
                 self.rules[layer] = RetrievalRule.from_time(time, layer, params.num_local, self.device)
             if self.backend == "triton":
                 self._scratch = RetrievalScratch.allocate(batch, heads, group, self.max_len, self.device)
-            gate = torch.stack([self.rules[layer].gate for layer in self.selecting])[:, None]
-            block = torch.stack([self.rules[layer].block for layer in self.selecting])[:, None]
-        moves = params.depth is not None or any(window is not None for window in windows)
         self._counter: Any = StepCounter(
-            params.num_layers, batch, heads, group, self.device,
-            self._stacked, self.selecting, gate, block, windows_move=moves,
-        )  # fmt: skip
+            params.num_layers, batch, group, self.device, self.backend, self._stacked, self.rules
+        )
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -212,8 +207,8 @@ class DecodeEngine:
             self._restart(length, (mask == 0).sum(dim=-1))
             shift = self._shifts()
             self.dense_bytes = cache.dense_bytes
-            self.cache.take(cache, self.max_len, self.planner.padding, shift, self.params.num_sinks)
-            self.planner.shift.copy_(torch.tensor(shift, device=self.device)[:, None])
+            self.cache.take(cache, self.max_len, self.plan_rule.padding, shift, self.params.num_sinks)
+            self.plan_rule.shift.copy_(torch.tensor(shift))
         return logits  # type: ignore[no-any-return]
 
     @torch.inference_mode()
@@ -240,8 +235,8 @@ class DecodeEngine:
         self._progress.slot.fill_(length)
         self._progress.alive.fill_(True)
         self._progress.drawn.zero_()
-        self.planner.padding.copy_(padding)
-        self.planner.shift.zero_()
+        self.plan_rule.padding.copy_(padding)
+        self.plan_rule.shift.zero_()
         if self._stacked is not None:
             self._stacked.reset()
         self._counter.reset()
@@ -250,7 +245,7 @@ class DecodeEngine:
         """Slots that every layer's released buffer starts later: common to the rows, the least of them."""
         if self.mode != "released":
             return [0] * self.params.num_layers
-        begin = self.planner.plan(self._progress.slot).spans[..., 2].amin(dim=1)
+        begin = step_plan(self._progress.slot, self.plan_rule, backend=self.backend).spans[..., 2].amin(dim=1)
         return [max(0, int(first) - self.params.num_sinks) for first in begin.tolist()]
 
     @torch.inference_mode()
@@ -290,7 +285,7 @@ class DecodeEngine:
     def _run(self) -> None:
         """The step itself: device work only, so that it can be captured."""
         now = self._progress
-        plan = self.planner.plan(now.slot)
+        plan = step_plan(now.slot, self.plan_rule, backend=self.backend)
         self._counter.begin()
         logits = self._step(now.token, plan, self.cache.keys, self.cache.values, self._attend)
         self.logits = logits  # the last one recorded is the graph's

@@ -5,14 +5,18 @@ Run by `test_triton_interpreter.py` in a process of its own, as `check_decode.py
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
+from prhs_kernels.ops.retrieve.state import RetrievalState
 from prhs_kernels.ops.rms_norm.api import rms_norm
 from prhs_kernels.ops.rope_append.api import rope_append
 from prhs_kernels.ops.silu_mul.api import silu_mul
+from prhs_kernels.ops.step_count.api import ChosenSets, step_count
+from prhs_kernels.ops.step_plan.api import NO_WINDOW, PlanRule, step_plan
 from prhs_kernels.params import DepthParams
 from prhs_kernels.runtime.decode import Generation, generate_tokens, left_pad
 from prhs_kernels.runtime.engine import DecodeEngine
@@ -86,6 +90,64 @@ def test_rope_append(dtype: torch.dtype, heads: tuple[int, int], head_dim: int, 
     for name, *triple in zip(("query", "query before RoPE", "key"), found, stock, exact, strict=False):
         assert_as_exact_as(*triple, name)
     assert torch.equal(found[3], stock[3]), "values are copied"
+
+
+def plan_rule(num_layers: int, heads: int, released: bool) -> PlanRule:
+    """PSAW, windows of two sizes, budgets that reach from nothing to everything, padding and shifts."""
+    layers = torch.arange(num_layers, device=DEVICE)
+    ratio = torch.linspace(0, 1.1, num_layers * heads, dtype=torch.float64, device=DEVICE)
+    return PlanRule(
+        num_sinks=3,
+        num_local=5,
+        fraction=(layers % 3).double() * 0.31,
+        window=torch.where(layers % 2 == 0, NO_WINDOW, 17),
+        ratio=ratio.view(num_layers, heads),
+        tokens=(layers[:, None] + torch.arange(heads, device=DEVICE)) % 4,
+        padding=torch.tensor([0, 11], device=DEVICE),
+        shift=(layers % 2) * 4 if released else torch.zeros_like(layers),
+    )
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("slot", [11, 12, 16, 47, 300])
+def test_step_plan(slot: int, released: bool) -> None:
+    rule, at = plan_rule(5, 3, released), torch.tensor([slot], device=DEVICE)
+    found, expected = (step_plan(at, rule, backend=backend) for backend in ("triton", "reference"))
+    for field in dataclasses.fields(found):
+        assert torch.equal(getattr(found, field.name), getattr(expected, field.name)), field.name
+
+
+@pytest.mark.parametrize("chosen", [[], [1, 3], [0, 1, 2, 3, 4]])
+def test_step_count(chosen: list[int]) -> None:
+    """Random decisions over sets of which a part has left the window; one sequence has ended."""
+    layers, batch, heads, capacity = 5, 2, 3, 40
+    plan = step_plan(torch.tensor([47], device=DEVICE), plan_rule(layers, heads, False), backend="reference")
+    generator = torch.Generator().manual_seed(len(chosen))
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        drawn = torch.randint(low, high, shape, generator=generator)
+        return drawn.to(DEVICE, torch.int32)
+
+    sets = None
+    if chosen:
+        rows = len(chosen) * batch
+        state = RetrievalState.allocate(rows, heads, 2, 64, capacity, torch.float32, DEVICE)
+        order = torch.rand(rows, heads, 48, generator=generator).argsort(dim=-1)[..., :capacity]
+        state.indices.copy_(order.sort(dim=-1).values)
+        state.count.copy_(integers(0, capacity + 1, rows, heads))
+        state.indices.masked_fill_(torch.arange(capacity, device=DEVICE) >= state.count[..., None], 10**6)
+        state.decision.copy_(integers(0, 3, rows, heads))
+        place = torch.full((layers,), -1, dtype=torch.int32, device=DEVICE)
+        place[chosen] = torch.arange(len(chosen), dtype=torch.int32, device=DEVICE)
+        rules = integers(0, 3, len(chosen), heads), integers(1, 30, len(chosen), heads)
+        sets = ChosenSets(state, place, *rules, anchor=integers(-1, 48, rows, heads))
+    alive = torch.tensor([True, False], device=DEVICE)
+    found, expected = (torch.ones(layers, batch, 7, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    for _ in range(2):
+        step_count(found, plan, alive, sets, 2, backend="triton")
+        step_count(expected, plan, alive, sets, 2, backend="reference")
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+    assert bool((found[:, 1] == 1).all()) and bool((found[:, 0, 1] > 1).all())
 
 
 PROMPTS = [random_tokens(length, seed=length) for length in (37, 20)]

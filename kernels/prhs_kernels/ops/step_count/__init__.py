@@ -1,0 +1,1 @@
+"""What the layers of a decode step read and kept, counted on the device."""
