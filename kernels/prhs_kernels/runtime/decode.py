@@ -14,7 +14,14 @@ from prhs_kernels.ops.backend import Backend, use_triton
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import sparse_attention
 from prhs_kernels.runtime.cache import PrhsCache
-from prhs_kernels.runtime.engine import Attention, DecodeEngine, Mode, engine_unsupported
+from prhs_kernels.runtime.engine import (
+    Attention,
+    DecodeEngine,
+    Mode,
+    engine_unsupported,
+    sliding_windows,
+)
+from prhs_kernels.runtime.floor import memory_bandwidth, step_floor
 from prhs_kernels.runtime.sampling import Sampler, Sampling
 from prhs_kernels.runtime.stats import DecodeStats
 from prhs_kernels.selectors.base import StepSelector
@@ -97,6 +104,7 @@ def generate_tokens(
     prompt_steps: int = 0,
     backend: Backend = "auto",
     mode: Mode = "audited",
+    dense_fallback: bool = False,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every prompt, one decode step at a time.
 
@@ -111,6 +119,8 @@ def generate_tokens(
         backend: `auto` takes the decode engine with its kernels on CUDA where it can run this, the reference
             loop elsewhere; what ran, and why not the engine, is in `run`.
         mode: `released` frees what the windows no longer reach; by the engine, on any device.
+        dense_fallback: let the engine attend to everything where shapes say that sparse attention cannot gain
+            (`runtime.floor`); noted in `run`. Not for measuring a selector.
 
     Raises:
         UnsupportedModelError, InputError, UsageError: see `sparse_attention`.
@@ -129,7 +139,10 @@ def generate_tokens(
     request = _Request(
         model, params, ids, mask, prompt_steps, max_new_tokens, sampling, tuple(stop_token_ids), run
     )
+    run.attention = "dense" if params.is_dense else "sparse"
     if selector is None and _wants_engine(request, backend):
+        if dense_fallback and not params.is_dense:
+            _fall_back(request)
         return _engine_loop(request, backend)
     return _reference_loop(request, selector)
 
@@ -147,6 +160,27 @@ def _wants_engine(request: _Request, backend: Backend) -> bool:
     return False
 
 
+def _fall_back(request: _Request) -> None:
+    """Attend to everything if nothing is to be gained, and say so."""
+    model, (batch, length) = request.model, request.ids.shape
+    kv_len = length + request.max_new_tokens
+    floor = step_floor(
+        request.params,
+        batch=batch,
+        kv_len=kv_len,
+        itemsize=model.dtype.itemsize,
+        windows=sliding_windows(model),
+        bandwidth=memory_bandwidth(model.device),
+    )
+    if floor.gains:
+        return
+    request.run.attention = "dense"
+    request.run.notes.append(
+        f"dense attention: at batch {batch} and {kv_len} positions its floor is {1e6 * floor.dense:.0f} µs a "
+        f"step, that of sparse attention {1e6 * floor.sparse:.0f} µs"
+    )
+
+
 @torch.inference_mode()  # as a decorator it is off while the caller holds the token; a `with` would leak
 def _engine_loop(request: _Request, backend: Backend) -> Iterator[list[int | None]]:
     """The token of a step is on its way to the host while the next step runs."""
@@ -159,6 +193,7 @@ def _engine_loop(request: _Request, backend: Backend) -> Iterator[list[int | Non
         batch_size=request.ids.shape[0],
         max_len=request.ids.shape[1] + request.max_new_tokens,
         backend=backend,
+        attention=run.attention,
         mode=run.mode,
         sampling=request.sampling,
         max_new_tokens=request.max_new_tokens,

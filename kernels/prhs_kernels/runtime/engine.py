@@ -28,6 +28,7 @@ from prhs_kernels.params import Gate, SelectorParams, TimeParams
 from prhs_kernels.runtime.attach import check_params, check_supported, dense_params, sparse_attention
 from prhs_kernels.runtime.decoder_step import DecoderStep, unsupported
 from prhs_kernels.runtime.distributed import num_ranks
+from prhs_kernels.runtime.memory import RunShape, check_fits, engine_bytes, free_bytes
 from prhs_kernels.runtime.sampling import Sampling, draw
 from prhs_kernels.runtime.static_cache import StaticCache
 from prhs_kernels.runtime.stats import DecodeStats
@@ -124,6 +125,12 @@ class DecodeEngine:
 
     @torch.inference_mode()
     def __enter__(self) -> DecodeEngine:
+        """Take the memory that does not depend on a prompt.
+
+        Raises:
+            ResourceError: cache, index sets and scratch would not fit.
+        """
+        check_fits(self.needed_bytes, self.batch_size, self.max_len, free_bytes(self.device))
         self._allocate()
         self._open = True
         return self
@@ -133,6 +140,21 @@ class DecodeEngine:
         self._open = False
         for name in ("_graph", "cache", "states", "_scratch", "_step", "_counter", "logits"):
             setattr(self, name, None)
+
+    def needed_bytes(self, batch: int, max_len: int) -> int:
+        """Bytes of cache, sets and scratch of this model's run at another size, in audited mode."""
+        params, time = self.params, self.params.time
+        selecting = 0 if time is None else len(selecting_layers(time))
+        capacity = set_capacity(params, sliding_windows(self.model), max_len) if selecting else 0
+        shape = RunShape(
+            params.num_layers,
+            params.num_qo_heads,
+            params.num_kv_heads,
+            params.head_dim,
+            self.dtype.itemsize,
+            selecting,
+        )
+        return engine_bytes(shape, batch, max_len, capacity)
 
     def _allocate(self) -> None:
         params, batch = self.params, self.batch_size

@@ -10,7 +10,8 @@ from prhs_kernels.ops.retrieve.state import Decision
 from prhs_kernels.params import Gate
 
 if TYPE_CHECKING:
-    from prhs_kernels.ops.step_count.api import ChosenSets, StepPlan
+    from prhs_kernels.ops.step_count.api import ChosenSets
+    from prhs_kernels.ops.step_plan.api import StepPlan
 
 
 def step_count(

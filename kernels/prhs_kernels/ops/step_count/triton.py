@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from prhs_kernels.ops.step_count.api import ChosenSets, StepPlan
+    from prhs_kernels.ops.step_count.api import ChosenSets
+    from prhs_kernels.ops.step_plan.api import StepPlan
 
 
 @triton.jit

@@ -1,0 +1,115 @@
+"""Where sparse attention can gain, and what fits into memory: both are known before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from prhs_kernels.errors import ResourceError
+from prhs_kernels.params import DepthParams
+from prhs_kernels.runtime import decode, engine
+from prhs_kernels.runtime.decode import Generation, generate_tokens
+from prhs_kernels.runtime.engine import DecodeEngine
+from prhs_kernels.runtime.floor import DENSE_LAUNCHES, SECONDS_PER_LAUNCH, memory_bandwidth, step_floor
+from prhs_kernels.runtime.memory import RunShape, check_fits, engine_bytes, largest_fitting
+from prhs_kernels.testing.inputs import random_tokens, selector_params
+from prhs_kernels.testing.models import tiny_config, tiny_model
+
+LARGE = tiny_config(
+    "llama", num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128
+)
+C_1024 = selector_params(LARGE, time={"budget_tokens": 1024 - 36, "dilation": 0}, num_sinks=4, num_local=32)
+H200 = {"itemsize": 2, "bandwidth": 4.3e12}
+
+
+def test_floors_are_bytes_and_launches() -> None:
+    found = step_floor(C_1024, batch=16, kv_len=32768, retrieval_ratio=1 / 8, **H200)
+    rows = 32 * 16 * 8
+    dense = 512 * rows * 32768 / 4.3e12
+    sparse = rows * (516 * 1024 + 32768 / 8 * 260) / 4.3e12
+    assert found.dense == pytest.approx(dense + 32 * DENSE_LAUNCHES * SECONDS_PER_LAUNCH)
+    assert found.sparse == pytest.approx(sparse + 32 * 6 * SECONDS_PER_LAUNCH)
+    assert found.dense > 5 * found.sparse
+    windowed = step_floor(C_1024, batch=16, kv_len=32768, windows=[4096] * 32, **H200)
+    assert windowed.dense == pytest.approx(dense / 8 + 32 * DENSE_LAUNCHES * SECONDS_PER_LAUNCH)
+
+
+@pytest.mark.parametrize(
+    ("batch", "kv_len", "gains"),
+    [
+        (1, 1024, False),
+        (1, 4096, False),
+        (1, 8192, False),
+        (1, 131072, True),
+        (8, 32768, True),
+        (64, 8192, True),
+    ],
+)
+def test_where_sparse_attention_gains(batch: int, kv_len: int, gains: bool) -> None:
+    assert step_floor(C_1024, batch=batch, kv_len=kv_len, **H200).gains is gains
+
+
+def test_dense_parameters_never_gain_and_windows_do() -> None:
+    sizes = {"batch": 16, "kv_len": 32768, **H200}
+    everything = selector_params(LARGE, time={"budget_ratio": 1.0})
+    assert not step_floor(everything, **sizes).gains
+    assert step_floor(selector_params(LARGE, depth=DepthParams(0, 0.2)), **sizes).gains
+
+
+def test_generation_falls_back_only_when_allowed_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_model("llama")
+    params = selector_params(model.config, time={"budget_tokens": 4, "tau_cos": 0.1})
+    settings: dict[str, Any] = {"max_new_tokens": 3, "mode": "released"}
+    prompts = [random_tokens(40)]
+    runs = [Generation(), Generation(), Generation()]
+    list(generate_tokens(model, prompts, params, run=runs[0], **settings))
+    list(generate_tokens(model, prompts, params, run=runs[1], dense_fallback=True, **settings))
+    monkeypatch.setattr(decode, "memory_bandwidth", lambda _: 1e3)  # bytes are all that counts
+    list(generate_tokens(model, prompts, params, run=runs[2], dense_fallback=True, **settings))
+    assert [run.attention for run in runs] == ["sparse", "dense", "sparse"]
+    assert [len(run.notes) for run in runs] == [0, 1, 0]
+    assert "at batch 1 and 43 positions" in runs[1].notes[0]
+    assert runs[1].stats.attended_fraction == 1.0 > runs[0].stats.attended_fraction
+
+
+def test_bandwidth_of_a_cpu_is_a_guess() -> None:
+    assert memory_bandwidth(torch.device("cpu")) == 2e12
+
+
+def test_largest_fitting() -> None:
+    for limit in range(12):
+        assert largest_fitting(lambda size: 3 * size + 1, 10, limit) == max(0, min(10, (limit - 1) // 3))
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = RunShape(32, 32, 8, 128, 2, 32)
+    needed = lambda batch, length: engine_bytes(shape, batch, length, 1100)  # noqa: E731
+    check_fits(needed, 16, 32768, None)
+    check_fits(needed, 16, 32768, needed(16, 32768))
+    with pytest.raises(ResourceError) as caught:
+        check_fits(needed, 16, 32768, 40 * 2**30)
+    longest = largest_fitting(lambda n: needed(16, n), 32768, 40 * 2**30)
+    assert f"{needed(16, 32768) / 2**30:.1f} GiB needed, 40.0 GiB free" in str(caught.value)
+    assert f"what fits: {longest} positions at batch 16 or batch 9 at 32768 positions" in str(caught.value)
+    with pytest.raises(ResourceError, match="nothing would fit"):
+        check_fits(needed, 16, 32768, 0)
+    model: Any = tiny_model("llama")
+    monkeypatch.setattr(engine, "free_bytes", lambda _: 2**28)
+    opened = DecodeEngine(model, selector_params(model.config), batch_size=2, max_len=128)
+    with pytest.raises(ResourceError, match="batch 2 x 128 positions"), opened:
+        pass
+
+
+def test_the_estimate_is_what_is_allocated() -> None:
+    """Cache, sets and scratch of an engine, counted in its tensors."""
+    model: Any = tiny_model("llama", head_dim=64)
+    params = selector_params(model.config, time={"budget_tokens": 4, "gate": 0})
+    with DecodeEngine(model, params, batch_size=2, max_len=4096) as opened:
+        opened.fill_random(100, seed=0)
+        states = [tensor for state in opened.states.values() for tensor in vars(state).values()]
+        held = opened.resident_bytes + sum(tensor.nbytes for tensor in states)
+        scratch = 2 * 2 * 4096 * (4 * 2 + 4 + 1)
+        estimate = opened.needed_bytes(2, 4096) - 2**28 - scratch - 4096 * 64 * 4
+        assert estimate == pytest.approx(held, rel=0.002)
