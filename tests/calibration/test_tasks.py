@@ -205,8 +205,8 @@ def test_held_out_names_and_forms_are_disjoint_from_those_trained_with():
     tables += (structures.TRACES, structures.LISTED, structures.LISTED_QUESTIONS, structures.PASSAGES)
     for table in (*tables, structures.WORD_LISTS):
         assert table["seen"] and table["unseen"] and not set(table["seen"]) & set(table["unseen"])
-    for fact, seen_forms in people._FORMS["seen"].items():
-        assert not set(seen_forms) & set(people._FORMS["unseen"][fact])
+    for fact, seen_forms in people.PEOPLE["seen"].items():
+        assert not set(seen_forms) & set(people.PEOPLE["unseen"][fact])
 
 
 def test_unseen_items_use_only_what_training_never_uses():

@@ -2,6 +2,7 @@
 
 Progress follows the clock (`--minutes`, `--finish-by`) or the tokens (`--tokens`, repeatable). Weights and
 curves are published every `save_seconds`, whole or not at all, so that a run cut short loses little.
+With `--start` and `--trainable` it fine-tunes some tensors of a checkpoint; the others keep their bits.
 """
 
 import json
@@ -19,12 +20,18 @@ from torch import Tensor
 
 from . import measure
 from .attention_loss import row_loss
-from .checkpoint import load_state, save_state
+from .checkpoint import apply_changes, load_state, save_changes, save_state
 from .fused import FusedLlama, fastest_backends
 from .loader import Loader
-from .schedule import long_attention_weight, long_learning_rate, long_stage
+from .schedule import (
+    FINE_TUNE_STAGES,
+    LONG_STAGES,
+    long_attention_weight,
+    long_learning_rate,
+    long_stage,
+)
 from .task_rows import TaskBatch, TaskRows
-from .train import TrainingOptions, new_model, save_weights
+from .train import TrainingOptions, new_model, save_weights, started_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,7 +59,7 @@ class LongRun:
         self._last = (0, 0.0)  # tokens and seconds at the last log
         self.items = measure.ItemBuilder(tokenizer, options) if options.evaluate else None
         self.state_path = options.state or options.out / "state.safetensors"
-        self.model = new_model(options)
+        self.model = started_model(options) if options.start else new_model(options)
         clocked = options.minutes is not None or options.finish_by is not None
         first = 0
         if options.resume:  # workers are forked before the device is touched, so the step is read first
@@ -61,7 +68,7 @@ class LongRun:
             source,
             tokens_per_batch=options.tokens_per_step,
             workers=options.workers,
-            length=long_stage(0.0, options.context_length)[0],
+            length=self._stage(0.0)[0],
             length_of=None if clocked else self._length_of,
             first=first,
         )
@@ -69,7 +76,7 @@ class LongRun:
             held_out,
             tokens_per_batch=min(options.tokens_per_step, 32768),
             workers=min(1, options.workers),
-            length=long_stage(0.0, options.context_length)[0],
+            length=self._stage(0.0)[0],
         )
         self.model.to(options.device)  # type: ignore[arg-type]
         cuda = options.device.startswith("cuda")
@@ -77,7 +84,7 @@ class LongRun:
         self.plain = FusedLlama(self.model, dtype=dtype)
         self.fused = FusedLlama(self.model, dtype=dtype, compiled=options.compile)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=options.peak_lr,
             betas=(0.9, 0.95),
             weight_decay=options.weight_decay,
@@ -94,10 +101,15 @@ class LongRun:
             return min(1.0, self.elapsed / self.duration)
         return min(1.0, self.tokens_seen / self.options.tokens)
 
+    def _stage(self, progress: float) -> tuple[int, int]:
+        """(row length, batches per step)."""
+        stages = FINE_TUNE_STAGES if self.options.start else LONG_STAGES
+        return long_stage(progress, self.options.context_length, stages)
+
     def _length_of(self, step: int) -> int:
         """Row length of a batch when the run is counted in tokens."""
         done = step * self.options.tokens_per_step / self.options.tokens
-        return long_stage(min(done, 1.0), self.options.context_length)[0]
+        return self._stage(min(done, 1.0))[0]
 
     def loop(self) -> None:
         """Train until the progress is 1, publish, evaluate."""
@@ -147,21 +159,22 @@ class LongRun:
     def _warm_up(self) -> None:
         """Choose kernels and compile before the clock starts; plain PyTorch where compiling fails."""
         started = time.monotonic()
-        first = long_stage(0.0, self.options.context_length)[0]
+        first = self._stage(0.0)[0]
         batch = self.loader.source.batch(0, first, max(1, self.options.tokens_per_step // first))
+        weight = 0.0 if self.options.start else 1.0
         config, length = self.model.config, self.options.context_length
         rows = max(1, self.options.tokens_per_step // length)
         shape = (rows, config.num_attention_heads, config.num_key_value_heads, length, config.head_dim)
         self.fused.backends = fastest_backends(shape, self.options.device)  # type: ignore[arg-type]
         torch.set_float32_matmul_precision("high")
         try:
-            self._loss(batch, 1.0)[0].backward()  # type: ignore[no-untyped-call]
+            self._loss(batch, weight)[0].backward()  # type: ignore[no-untyped-call]
         except Exception as error:  # noqa: BLE001  any failure of the compiler leaves the plain path
             if not self.fused.compiled:
                 raise
             print(f"not compiled: {type(error).__name__}: {str(error)[:300]}", flush=True)
             self.fused = self.plain
-            self._loss(batch, 1.0)[0].backward()  # type: ignore[no-untyped-call]
+            self._loss(batch, weight)[0].backward()  # type: ignore[no-untyped-call]
         if self.options.device.startswith("cuda"):
             torch.cuda.synchronize()
         self.optimizer.zero_grad(set_to_none=True)
@@ -169,11 +182,11 @@ class LongRun:
 
     def _train_step(self) -> dict[str, Any]:
         progress = self.progress
-        length, accumulate = long_stage(progress, self.options.context_length)
+        length, accumulate = self._stage(progress)
         self.loader.set_length(length)
         self.held_out.set_length(length)
         rate = self.rate_factor * long_learning_rate(progress, self.options.peak_lr)
-        weight = long_attention_weight(progress)
+        weight = 0.0 if self.options.start else long_attention_weight(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         figures: dict[str, Any] = {}
@@ -268,8 +281,12 @@ class LongRun:
             "curves": self.curves,
         }
         save_state(self.state_path, self.model, self.optimizer, counters)
-        save_weights(self.model, out, max_shard_size=_SHARD)
-        (out / "generation_config.json").unlink(missing_ok=True)
+        if self.options.start:
+            save_changes(out / "changed.safetensors", self.model)
+            apply_changes(self.options.start, out / "changed.safetensors", out)
+        else:
+            save_weights(self.model, out, max_shard_size=_SHARD)
+            (out / "generation_config.json").unlink(missing_ok=True)
         settings = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(self.options).items()}
         run = {
             "options": settings,

@@ -107,6 +107,20 @@ def make_tokenizer(texts: dict[str, str], max_length: int) -> "PreTrainedTokeniz
     return train_tokenizer([*modules, *sample, *_task_lines(rng)], max_length, VOCAB_SIZE)
 
 
+def sample(texts: dict[str, str], characters: int) -> dict[str, str]:
+    """Files in a random order until they hold `characters`; a fine-tune needs less text than a whole run."""
+    order = sorted(texts)
+    Random(1).shuffle(order)
+    kept: dict[str, str] = {}
+    size = 0
+    for name in order:
+        if size >= characters:
+            break
+        kept[name] = texts[name]
+        size += len(texts[name])
+    return kept
+
+
 def manifest(texts: dict[str, str]) -> dict[str, Any]:
     """Per source: version, licence, files, characters and a hash of names and texts."""
     found: dict[str, Any] = {}
@@ -130,12 +144,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--context-length", type=int, default=8192)
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer to use instead of a new one")
+    parser.add_argument("--characters", type=int, help="of whole files, about this much, drawn at random")
     options = parser.parse_args(argv)
-    from .train import tokenize
+    from .train import load_tokenizer, tokenize
 
     texts = collect()
-    tokenizer = make_tokenizer(texts, options.context_length)
+    if options.tokenizer:
+        tokenizer = load_tokenizer(options.tokenizer)
+    else:
+        tokenizer = make_tokenizer(texts, options.context_length)
     save_tokenizer(tokenizer, options.out)
+    if options.characters:
+        texts = sample(texts, options.characters)
     own = {name: text for name, text in sorted(texts.items()) if name.startswith("python/")}
     others = [(name, text) for name, text in sorted(texts.items()) if not name.startswith("python/")]
     Random(0).shuffle(others)

@@ -41,17 +41,27 @@ LONG_STAGES: tuple[tuple[int, float, int], ...] = (
     (4096, 0.20, 2),
     (8192, 0.27, 2),
 )
+# the same for a fine-tune: mostly short rows, the whole context at the end
+FINE_TUNE_STAGES: tuple[tuple[int, float, int], ...] = (
+    (512, 0.15, 1),
+    (1024, 0.25, 1),
+    (2048, 0.40, 1),
+    (4096, 0.10, 1),
+    (8192, 0.10, 1),
+)
 _STABLE = 0.4  # of the run at the peak rate, then down in a line
 
 
-def long_stage(progress: float, context_length: int) -> tuple[int, int]:
-    """(sequence length, batches per step) of the second model for progress in [0, 1]."""
+def long_stage(
+    progress: float, context_length: int, stages: tuple[tuple[int, float, int], ...] = LONG_STAGES
+) -> tuple[int, int]:
+    """(sequence length, batches per step) for progress in [0, 1]."""
     end = 0.0
-    for length, share, batches in LONG_STAGES:
+    for length, share, batches in stages:
         end += share
         if length >= context_length or progress < end - 1e-9:
             return min(length, context_length), batches
-    return context_length, LONG_STAGES[-1][2]
+    return context_length, stages[-1][2]
 
 
 def long_learning_rate(progress: float, peak: float = PEAK_LR) -> float:

@@ -1,11 +1,12 @@
 """Training rows with long-range tasks: episodes of the evaluation tasks' seen forms spliced into text.
 
+Wider wordings (`wordings`) take the place of the seen forms in the share of the episodes asked for.
 One row holds several episodes and asks many questions at random distances, so that every row teaches recall
 at every distance up to its length. Pure Python over cached token pieces, to run in worker processes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,11 @@ import numpy.typing as npt
 
 from ..evaluation.tasks import episodes
 from ..evaluation.tasks.entities import WORDS
-from ..evaluation.tasks.types import Answer, Episode, Line, Piece, Question
+from ..evaluation.tasks.types import Answer, Episode, Forms, Line, Piece, Question
 from .batches import line_starts
 from .recall import draw_facts
 from .tokenizer import BOS_ID, EOS_ID
+from .wordings import wordings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,6 +58,7 @@ class _Segment:
     starts: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)  # (line, piece) -> span
     answers: list[tuple[int, int, "_Segment | None", tuple[int, int]]] = field(default_factory=list)
     kind: str = ""
+    prompt: int = 0  # tokens of a question in front of what answers it
     at: int = 0  # first position in the row, once placed
 
 
@@ -68,8 +71,13 @@ class TaskRows:
         tokens: npt.NDArray[np.uint16],
         seed: int,
         favoured: int = 0,
+        wide: float = 0.0,
     ) -> None:
+        """wide: share of the episodes that are worded by `wordings`."""
         self.tokenizer, self.tokens, self.seed, self.favoured = tokenizer, tokens, seed, favoured
+        self.wide = wide
+        if wide:
+            wordings()  # before any worker is forked, so that all share the tables
         self.line_starts = line_starts(tokenizer, tokens)
         self._cache: dict[str, tuple[int, ...]] = {}
 
@@ -165,9 +173,10 @@ class TaskRows:
         segments: list[_Segment] = []
         misses = 0
         while misses < 3 and room > 30:
-            kind = rng.choices(_KINDS, _WEIGHTS)[0]
-            episode = _DRAW[kind](rng, room)
-            made = self._episode(rng, kind, episode)
+            wide = bool(self.wide) and rng.random() < self.wide
+            kind = rng.choices(_KINDS, _WIDE_WEIGHTS if wide else _WEIGHTS)[0]
+            episode = _DRAW[kind](rng, room, wordings() if wide else None)
+            made = self._episode(rng, f"wide_{kind}" if wide else kind, episode, scored=not wide)
             size = sum(len(segment.ids) for segment in made)
             if size > room:
                 misses += 1
@@ -176,12 +185,18 @@ class TaskRows:
             room -= size
         return segments
 
-    def _episode(self, rng: Random, kind: str, episode: Episode) -> list[_Segment]:
+    def _episode(self, rng: Random, kind: str, episode: Episode, scored: bool) -> list[_Segment]:
+        """Segments of an episode; `scored`: its fixed wording counts as predictable text."""
         blocks = [self._block(rng.uniform(0, _LAST_PLACE), block) for block in episode.blocks]
         last = max(block.place for block in blocks)
         asked = [self._question(kind, question, blocks) for question in episode.questions]
         for segment in asked:
             segment.place = 1.0 if rng.random() < _AT_END else rng.uniform(last + 1e-6, 1.0)
+        if not scored:
+            for block in blocks:
+                block.mask = [False] * len(block.ids)
+            for segment in asked:
+                segment.mask[: segment.prompt] = [False] * segment.prompt
         return blocks + asked
 
     def _block(self, place: float, block: tuple[Line, ...]) -> _Segment:
@@ -197,6 +212,7 @@ class TaskRows:
         segment = _Segment(1.0, kind=kind)
         for piece in (Piece("\n", predictable=True), *question.prompt):
             self._extend(segment, piece)
+        segment.prompt = len(segment.ids)
         for piece in question.answer:
             begin = len(segment.ids)
             self._extend(segment, piece)
@@ -242,7 +258,7 @@ class TaskRows:
         return ids
 
 
-def _old_facts(rng: Random, room: int) -> Episode:
+def _old_facts(rng: Random, room: int, forms: Forms | None) -> Episode:
     """The facts of this project's prompts (`recall`), as an episode."""
     facts = draw_facts(rng, rng.randint(1, max(1, min(8, room // 60))))
     blocks = tuple(((Piece(f.statement[:-1], True), Piece(" " + f.number), Piece(".", True)),) for f in facts)
@@ -298,69 +314,67 @@ _BEFORE_VALUE = (
     "; it is {v}!",
     "? {v}",
 )
-_RANDOM_STATEMENTS, _RANDOM_QUESTIONS = _random_forms("statements", 3000), _random_forms("questions", 1500)
+_RANDOM_FORMS = replace(
+    episodes.forms_of("seen"),
+    statements=_random_forms("statements", 3000),
+    questions=_random_forms("questions", 1500),
+)
 
 
-def _draw_random(rng: Random, room: int) -> Episode:
+def _draw_random(rng: Random, room: int, forms: Forms | None) -> Episode:
     count = _some(rng, room, 30, 24)
-    return episodes.facts(
-        rng,
-        "seen",
-        count=count,
-        asked=_asked(rng, count),
-        alike=rng.random() < 0.3,
-        statements=_RANDOM_STATEMENTS,
-        questions=_RANDOM_QUESTIONS,
-    )
+    asked = _asked(rng, count)
+    alike = rng.random() < 0.3
+    return episodes.facts(rng, "seen", count=count, asked=asked, alike=alike, forms=_RANDOM_FORMS)
 
 
 def _asked(rng: Random, count: int) -> int:
     return rng.randint(max(1, min(_MOST_ASKED, count) // 2), min(_MOST_ASKED, count))
 
 
-def _draw_facts(rng: Random, room: int) -> Episode:
+def _draw_facts(rng: Random, room: int, forms: Forms | None) -> Episode:
     count = _some(rng, room, 32, 12)
-    return episodes.facts(rng, "seen", count=count, asked=_asked(rng, count))
+    return episodes.facts(rng, "seen", count=count, asked=_asked(rng, count), forms=forms)
 
 
-def _draw_alike(rng: Random, room: int) -> Episode:
+def _draw_alike(rng: Random, room: int, forms: Forms | None) -> Episode:
     count = _some(rng, room, 28, 64)
-    return episodes.facts(rng, "seen", count=count, asked=_asked(rng, count), alike=True)
+    return episodes.facts(rng, "seen", count=count, asked=_asked(rng, count), alike=True, forms=forms)
 
 
-def _draw_pairs(rng: Random, room: int) -> Episode:
+def _draw_pairs(rng: Random, room: int, forms: Forms | None) -> Episode:
     count = max(2, _some(rng, room, 14, 96))
-    return episodes.pairs(rng, "seen", count=count, asked=_asked(rng, count))
+    return episodes.pairs(rng, "seen", count=count, asked=_asked(rng, count), forms=forms)
 
 
-def _draw_chains(rng: Random, room: int) -> Episode:
+def _draw_chains(rng: Random, room: int, forms: Forms | None) -> Episode:
     count = _some(rng, room, 52, 10)
-    return episodes.chains(rng, "seen", count=count, asked=_asked(rng, count))
+    return episodes.chains(rng, "seen", count=count, asked=_asked(rng, count), forms=forms)
 
 
-def _draw_listed(rng: Random, room: int) -> Episode:
+def _draw_listed(rng: Random, room: int, forms: Forms | None) -> Episode:
     count = _some(rng, room, 110, 5)
     values = 4 if room > 150 else rng.randint(2, 4)
-    return episodes.listed(rng, "seen", count=count, asked=_asked(rng, count), values=values)
+    return episodes.listed(rng, "seen", count=count, asked=_asked(rng, count), values=values, forms=forms)
 
 
-def _draw_passages(rng: Random, room: int) -> Episode:
+def _draw_passages(rng: Random, room: int, forms: Forms | None) -> Episode:
     words = rng.randint(3, max(3, min(28, room // 8)))
     count = _some(rng, room, 5 * words + 20, 3)
-    return episodes.passages(rng, "seen", count=count, asked=1, words=words)
+    return episodes.passages(rng, "seen", count=count, asked=1, words=words, forms=forms)
 
 
-def _draw_common(rng: Random, room: int) -> Episode:
+def _draw_common(rng: Random, room: int, forms: Forms | None) -> Episode:
     words = rng.randint(12, max(12, min(320, room // 3)))
-    return episodes.common_word(rng, "seen", words=words, lines=max(1, min(8, words // 8)))
+    return episodes.common_word(rng, "seen", words=words, lines=max(1, min(8, words // 8)), forms=forms)
 
 
-def _draw_paragraphs(rng: Random, room: int) -> Episode:
+def _draw_paragraphs(rng: Random, room: int, forms: Forms | None) -> Episode:
     count = _some(rng, room, 80, 5)
-    return episodes.paragraphs(rng, "seen", count=count, asked=rng.randint(1, count))
+    return episodes.paragraphs(rng, "seen", count=count, asked=rng.randint(1, count), forms=forms)
 
 
-_DRAW: dict[str, Callable[[Random, int], Episode]] = {
+_DRAW: dict[str, Callable[[Random, int, Forms | None], Episode]] = {
     "needle": _draw_facts,
     "random_form": _draw_random,
     "multi_key": _draw_alike,
@@ -374,3 +388,4 @@ _DRAW: dict[str, Callable[[Random, int], Episode]] = {
 }
 _KINDS = tuple(_DRAW)
 _WEIGHTS = (0.13, 0.12, 0.15, 0.17, 0.14, 0.12, 0.05, 0.05, 0.08, 0.10)
+_WIDE_WEIGHTS = (0.10, 0.03, 0.08, 0.09, 0.16, 0.14, 0.10, 0.14, 0.24, 0.0)

@@ -7,6 +7,7 @@ and resumed ends with the same bits (on the same machine); with `--minutes` the 
 import argparse
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from prhs_kernels.errors import InputError
 
 from . import data
 from .attention_loss import AttentionTap
@@ -69,6 +72,9 @@ class TrainingOptions:
     publish: Path | None = None  # folder that gets weights and curves every save_seconds; long recipe
     save_seconds: float = 75.0
     log_seconds: float = 10.0
+    start: Path | None = None  # checkpoint to fine-tune instead of a new model; long recipe
+    trainable: str = ""  # regular expression: only tensors whose names it is found in are trained
+    wide: float = 0.0  # share of the episodes in wider wordings; long recipe
     evaluate: int = 0  # items per task, length and forms in the measurement at the end; long recipe
 
 
@@ -80,9 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for weights, tokenizer, curves, state"
     )
-    for name in ("text", "state", "tokenised", "publish"):
+    for name in ("text", "state", "tokenised", "publish", "start"):
         parser.add_argument(f"--{name}", type=Path, default=argparse.SUPPRESS)
-    for name in "minutes peak-lr weight-decay rope-theta finish-by save-seconds log-seconds".split():
+    for name in "minutes peak-lr weight-decay rope-theta finish-by save-seconds log-seconds wide".split():
         parser.add_argument(f"--{name}", type=float, default=argparse.SUPPRESS)
     sizes = (
         "tokens seed hidden layers ffn context-length tokens-per-step workers save-every log-every stop-after"
@@ -91,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in sizes.split():
         parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--trainable", default="")
     parser.add_argument("--recipe", choices=("short", "long"), default="short")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--resume", action="store_true")
@@ -116,7 +123,7 @@ def _train_long(options: TrainingOptions) -> "LlamaForCausalLM":
     from .task_rows import TaskRows
 
     texts = {} if options.tokenised else data.training_files()
-    tokenizer = make_tokenizer(options, texts)
+    tokenizer = load_tokenizer(options.start) if options.start else make_tokenizer(options, texts)
     tokens = (
         data.unpack_tokens(options.tokenised.read_bytes())
         if options.tokenised
@@ -126,8 +133,8 @@ def _train_long(options: TrainingOptions) -> "LlamaForCausalLM":
     run = LongRun(
         options,
         tokenizer,
-        TaskRows(tokenizer, tokens, options.seed, options.favoured),
-        TaskRows(tokenizer, held_out, options.seed + 1),
+        TaskRows(tokenizer, tokens, options.seed, options.favoured, options.wide),
+        TaskRows(tokenizer, held_out, options.seed + 1, wide=options.wide),
     )
     run.loop()
     run.evaluate()
@@ -138,17 +145,22 @@ def make_tokenizer(options: TrainingOptions, texts: dict[str, str]) -> "PreTrain
     """The tokenizer in `out` if there is one, else one trained on modules and recall sentences, and saved."""
     from random import Random
 
-    from transformers import PreTrainedTokenizerFast
-
     if (options.out / "tokenizer.json").exists():
-        loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(options.out))
-        return loaded
+        return load_tokenizer(options.out)
     facts = draw_facts(Random(options.seed), 1000)
     sentences = [f"{fact.sentence}\n{fact.question}{fact.answer}\n" for fact in facts]
     modules = [text for name, text in texts.items() if "test/" not in name]
     tokenizer = train_tokenizer([*modules, *sentences], options.context_length, options.vocab)
     save_tokenizer(tokenizer, options.out)
     return tokenizer
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer saved in a folder."""
+    from transformers import PreTrainedTokenizerFast
+
+    loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    return loaded
 
 
 def tokenize(
@@ -182,6 +194,18 @@ def new_model(options: TrainingOptions) -> "LlamaForCausalLM":
         pad_token_id=PAD_ID,
     )
     return LlamaForCausalLM(config)
+
+
+def started_model(options: TrainingOptions) -> "LlamaForCausalLM":
+    """The model of `start` in fp32, only the tensors that `trainable` is found in to be trained."""
+    from transformers import LlamaForCausalLM
+
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(str(options.start), dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bool(re.search(options.trainable, name)))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"no tensor of {options.start} matches --trainable {options.trainable!r}")
+    return model
 
 
 def save_weights(model: "LlamaForCausalLM", out: Path, max_shard_size: str = "1GB") -> None:

@@ -1,13 +1,35 @@
-"""One function per task that draws what to plant and what to ask; sizes are arguments."""
+"""One function per task that draws what to plant and what to ask; sizes are arguments.
 
-from collections.abc import Sequence
+Names are those of `templates`, surface forms those of `templates` as well or the `forms` given.
+"""
+
+from functools import lru_cache
 from random import Random
 
 from . import people
 from .entities import WORDS, attributes, identifiers, names, number
 from .forms import QUESTIONS, STATEMENTS, ask, fill
 from .structures import ALIASES, ASSIGNMENTS, LISTED, LISTED_QUESTIONS, PAIRS, PASSAGES, TRACES, WORD_LISTS
-from .types import Answer, Block, Episode, Line, Piece, Question, Templates
+from .types import Answer, Block, Episode, Forms, Line, Piece, Question, Templates
+
+
+@lru_cache(maxsize=2)
+def forms_of(templates: Templates) -> Forms:
+    """The forms used in evaluation."""
+    return Forms(
+        attributes=attributes(templates),
+        statements=STATEMENTS[templates],
+        questions=QUESTIONS[templates],
+        pairs=PAIRS[templates],
+        assignments=ASSIGNMENTS[templates],
+        aliases=ALIASES[templates],
+        traces=TRACES[templates],
+        listed=LISTED[templates],
+        listed_questions=LISTED_QUESTIONS[templates],
+        passages=PASSAGES[templates],
+        word_lists=WORD_LISTS[templates],
+        people=people.PEOPLE[templates],
+    )
 
 
 def facts(
@@ -17,30 +39,32 @@ def facts(
     count: int,
     asked: int,
     alike: bool = False,
-    statements: Sequence[str] | None = None,
-    questions: Sequence[str] | None = None,
+    forms: Forms | None = None,
 ) -> Episode:
-    """`count` numbers under different names, `asked` of them asked for, in these forms or those of `forms`.
+    """`count` numbers under different names, `asked` of them asked for.
 
     alike: all stated in one form with one attribute, so that the name alone tells them apart.
     """
-    statements, questions = statements or STATEMENTS[templates], questions or QUESTIONS[templates]
-    form, attribute = rng.choice(statements), rng.choice(attributes(templates))
+    use = forms or forms_of(templates)
+    form, attribute = rng.choice(use.statements), rng.choice(use.attributes)
     blocks, asks = [], []
     for index, name in enumerate(rng.sample(names(templates), count)):
         if not alike:
-            form, attribute = rng.choice(statements), rng.choice(attributes(templates))
+            form, attribute = rng.choice(use.statements), rng.choice(use.attributes)
         slots = {"a": attribute, "A": attribute.replace(" ", "_"), "n": name, "v": number(rng)}
         line, value = fill(form, slots)
         blocks.append((line,))
         if index < asked:
-            asks.append(ask(rng.choice(questions), slots, (index, 0, value)))
+            asks.append(ask(rng.choice(use.questions), slots, (index, 0, value)))
     return Episode(tuple(blocks), tuple(asks))
 
 
-def pairs(rng: Random, templates: Templates, *, count: int, asked: int) -> Episode:
+def pairs(
+    rng: Random, templates: Templates, *, count: int, asked: int, forms: Forms | None = None
+) -> Episode:
     """One block of `count` name-number pairs (table, dictionary, list), `asked` of them asked for."""
-    head, row, tail, questions = rng.choice(PAIRS[templates])
+    use = forms or forms_of(templates)
+    head, row, tail, questions = rng.choice(use.pairs)
     lines: list[Line] = [(Piece(head, predictable=True),)] if head else []
     asks = []
     wanted = set(rng.sample(range(count), asked))
@@ -56,12 +80,15 @@ def pairs(rng: Random, templates: Templates, *, count: int, asked: int) -> Episo
     return Episode((tuple(lines),), tuple(asks))
 
 
-def chains(rng: Random, templates: Templates, *, count: int, asked: int) -> Episode:
+def chains(
+    rng: Random, templates: Templates, *, count: int, asked: int, forms: Forms | None = None
+) -> Episode:
     """`count` variables with a number each and as many that stand for one of them, on scattered lines.
 
     The answer names the variable on the way, so that each hop is a lookup of its own: " gu_clelo -> 48213".
     """
-    assign, alias = rng.choice(ASSIGNMENTS[templates]), rng.choice(ALIASES[templates])
+    use = forms or forms_of(templates)
+    assign, alias = rng.choice(use.assignments), rng.choice(use.aliases)
     variables = rng.sample(identifiers(templates), 2 * count)
     blocks: list[Block] = []
     asks = []
@@ -71,7 +98,7 @@ def chains(rng: Random, templates: Templates, *, count: int, asked: int) -> Epis
         second, second_at = fill(alias, {"n": other, "v": base})
         blocks += [(first,), (second,)]
         if index < asked:
-            prompt, _ = fill(rng.choice(TRACES[templates]), {"n": other})
+            prompt, _ = fill(rng.choice(use.traces), {"n": other})
             answer = (
                 Answer(f" {base}", source=(2 * index + 1, 0, second_at)),
                 Piece(" ->", predictable=True),
@@ -81,9 +108,12 @@ def chains(rng: Random, templates: Templates, *, count: int, asked: int) -> Epis
     return Episode(tuple(blocks), tuple(asks))
 
 
-def listed(rng: Random, templates: Templates, *, count: int, asked: int, values: int = 4) -> Episode:
+def listed(
+    rng: Random, templates: Templates, *, count: int, asked: int, values: int = 4, forms: Forms | None = None
+) -> Episode:
     """`count` names with `values` numbered values each, scattered; all values of a name are asked for."""
-    form = rng.choice(LISTED[templates])
+    use = forms or forms_of(templates)
+    form = rng.choice(use.listed)
     blocks: list[Block] = []
     asks = []
     for index, name in enumerate(rng.sample(names(templates), count)):
@@ -99,14 +129,17 @@ def listed(rng: Random, templates: Templates, *, count: int, asked: int, values:
             ]
             blocks.append((line,))
         if index < asked:
-            prompt, _ = fill(rng.choice(LISTED_QUESTIONS[templates]), {"n": name})
+            prompt, _ = fill(rng.choice(use.listed_questions), {"n": name})
             asks.append(Question(prompt, tuple(answer), tuple(numbers)))
     return Episode(tuple(blocks), tuple(asks))
 
 
-def passages(rng: Random, templates: Templates, *, count: int, asked: int, words: int) -> Episode:
+def passages(
+    rng: Random, templates: Templates, *, count: int, asked: int, words: int, forms: Forms | None = None
+) -> Episode:
     """`count` named passages of `words` random words; the words of `asked` of them are to be repeated."""
-    form, question = rng.choice(PASSAGES[templates])
+    use = forms or forms_of(templates)
+    form, question = rng.choice(use.passages)
     blocks: list[Block] = []
     asks = []
     for index, name in enumerate(rng.sample(names(templates), count)):
@@ -119,9 +152,12 @@ def passages(rng: Random, templates: Templates, *, count: int, asked: int, words
     return Episode(tuple(blocks), tuple(asks))
 
 
-def common_word(rng: Random, templates: Templates, *, words: int, lines: int) -> Episode:
+def common_word(
+    rng: Random, templates: Templates, *, words: int, lines: int, forms: Forms | None = None
+) -> Episode:
     """Lines of words in which one word makes up about a quarter and no other word comes close."""
-    form, question = rng.choice(WORD_LISTS[templates])
+    use = forms or forms_of(templates)
+    form, question = rng.choice(use.word_lists)
     vocabulary = rng.sample(WORDS, 24)
     target, others = vocabulary[0], vocabulary[1:]
     times = max(4, words // 4)
@@ -134,12 +170,15 @@ def common_word(rng: Random, templates: Templates, *, words: int, lines: int) ->
     return Episode(blocks, (asked,))
 
 
-def paragraphs(rng: Random, templates: Templates, *, count: int, asked: int) -> Episode:
+def paragraphs(
+    rng: Random, templates: Templates, *, count: int, asked: int, forms: Forms | None = None
+) -> Episode:
     """`count` short paragraphs about a person each, and questions on single facts in `asked` of them."""
+    use = forms or forms_of(templates)
     blocks: list[Block] = []
     asks: list[Question] = []
     for index, name in enumerate(rng.sample(names(templates), count)):
-        lines, questions = people.paragraph(rng, templates, name, index)
+        lines, questions = people.paragraph(rng, use.people, name, index)
         blocks.append(lines)
         if index < asked:
             asks.append(rng.choice(questions))

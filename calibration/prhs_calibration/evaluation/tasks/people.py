@@ -1,5 +1,6 @@
 """Short paragraphs about made-up people, several facts each, and questions on the facts."""
 
+from collections.abc import Mapping, Sequence
 from random import Random
 
 from .forms import ask, fill
@@ -13,7 +14,7 @@ _VALUES: dict[str, tuple[str, ...]] = {
     "music": tuple("violin piano trumpet guitar drum flute harp organ banjo cello".split()),
 }
 # fact -> forms -> (statement, question)
-_FORMS: dict[Templates, dict[str, tuple[tuple[str, str], ...]]] = {
+PEOPLE: dict[Templates, dict[str, tuple[tuple[str, str], ...]]] = {
     "seen": {
         "job": (
             ("{n} works as a {v}.", "Question: what is the job of {n}? Answer: {v}"),
@@ -47,13 +48,16 @@ _FORMS: dict[Templates, dict[str, tuple[tuple[str, str], ...]]] = {
 
 
 def paragraph(
-    rng: Random, templates: Templates, name: str, block: int
+    rng: Random, forms: Mapping[str, Sequence[tuple[str, str]]], name: str, block: int
 ) -> tuple[tuple[Line, ...], list[Question]]:
-    """Four facts about `name`, one sentence per line, and a question on each; `block` is its index."""
+    """Four facts about `name`, one sentence per line, and a question on each, in these forms of facts.
+
+    `block` is the index of the paragraph in its episode.
+    """
     lines: list[Line] = []
     questions: list[Question] = []
     for fact in rng.sample(sorted(_VALUES), 4):
-        statement, question = rng.choice(_FORMS[templates][fact])
+        statement, question = rng.choice(forms[fact])
         slots = {"n": name, "v": rng.choice(_VALUES[fact])}
         line, value = fill(statement, slots)
         questions.append(ask(question, slots, (block, len(lines), value)))

@@ -1,5 +1,6 @@
 """What a task is made of, before any tokenizer: lines with slots, blocks of lines, questions with answers."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -78,6 +79,24 @@ class Episode:
 
     blocks: tuple[Block, ...] = ()
     questions: tuple[Question, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Surface forms of all tasks; slots as in `forms`, tables as in `structures` and `people`."""
+
+    attributes: Sequence[str]
+    statements: Sequence[str]
+    questions: Sequence[str]
+    pairs: Sequence[tuple[str, str, str, tuple[str, ...]]]
+    assignments: Sequence[str]
+    aliases: Sequence[str]
+    traces: Sequence[str]
+    listed: Sequence[str]
+    listed_questions: Sequence[str]
+    passages: Sequence[tuple[str, str]]
+    word_lists: Sequence[tuple[str, str]]
+    people: Mapping[str, Sequence[tuple[str, str]]]
 
 
 def text_of(pieces: tuple[Piece, ...]) -> str:
