@@ -10,16 +10,25 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prhs_calibration.reference_model import data, measure, prepare, reference_path
+from prhs_calibration.reference_model.checkpoint import apply_changes, save_changes
 from prhs_calibration.reference_model.fused import FusedLlama
 from prhs_calibration.reference_model.loader import Loader
 from prhs_calibration.reference_model.long_run import LongRun, _by_row
 from prhs_calibration.reference_model.schedule import (
+    FINE_TUNE_STAGES,
     long_attention_weight,
     long_learning_rate,
     long_stage,
 )
 from prhs_calibration.reference_model.task_rows import TaskRows
-from prhs_calibration.reference_model.train import TrainingOptions, new_model, save_weights, tokenize
+from prhs_calibration.reference_model.train import (
+    TrainingOptions,
+    new_model,
+    save_weights,
+    started_model,
+    tokenize,
+)
+from prhs_kernels.errors import InputError
 
 TINY = {"hidden": 32, "layers": 3, "ffn": 48, "query_heads": 4, "kv_heads": 2, "head_dim": 8}
 
@@ -79,6 +88,8 @@ def test_curriculum_reaches_the_whole_context_and_rates_fall():
         8192,
         8192,
     ]
+    fine_tune = [long_stage(p, 8192, FINE_TUNE_STAGES)[0] for p in (0, 0.2, 0.5, 0.85, 0.95, 1)]
+    assert fine_tune == [512, 1024, 2048, 4096, 8192, 8192]
     assert long_stage(0.99, 1024)[0] == 1024 and long_stage(0.0, 128)[0] == 128
     rates = [long_learning_rate(p / 100, 1.0) for p in range(101)]
     assert rates[2] == rates[40] == 1.0 and rates[100] == pytest.approx(0.02)
@@ -138,6 +149,45 @@ def test_a_run_that_is_resumed_ends_like_one_that_was_not(rows, tmp_path):
     assert resumed.step == straight.step and resumed.tokens_seen == straight.tokens_seen == 512 * 8
     for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_fine_tune_changes_the_tensors_asked_for_and_no_other_bit(rows, tmp_path):
+    start = tmp_path / "start"
+    save_weights(new_model(tiny(tmp_path, seed=4)), start, max_shard_size="40KB")
+    rows.tokenizer.save_pretrained(start)
+
+    def run(folder, **changes):
+        options = tiny(tmp_path / folder, tokens=512 * 6, save_seconds=1e9, peak_lr=0.01, **changes)
+        options = replace(options, start=start, trainable=r"layers\.1\.self_attn", wide=0.5)
+        made = LongRun(options, rows.tokenizer, rows, rows)
+        made.loop()
+        return made
+
+    straight = run("one")
+    run("two", stop_after=2)
+    resumed = run("two", resume=True)
+    before = AutoModelForCausalLM.from_pretrained(start, dtype=torch.bfloat16)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.bfloat16)
+    for name, parameter in before.named_parameters():
+        same = torch.equal(parameter, after.get_parameter(name))
+        assert same != ("layers.1.self_attn" in name), name
+        assert torch.equal(straight.model.get_parameter(name), resumed.model.get_parameter(name))
+    pieces = sorted(path.name for path in start.glob("*.safetensors"))
+    equal = [(start / p).read_bytes() == (tmp_path / "two" / p).read_bytes() for p in pieces]
+    assert len(pieces) > 2 and 0 < sum(equal) < len(pieces)
+    assert (tmp_path / "two" / "config.json").read_bytes() == (start / "config.json").read_bytes()
+
+
+def test_changes_that_do_not_fit_a_checkpoint_are_refused(tmp_path):
+    save_weights(new_model(tiny(tmp_path)), tmp_path / "start")
+    save_changes(tmp_path / "wider", new_model(tiny(tmp_path, hidden=64)))
+    with pytest.raises(InputError, match="is not the bf16 tensor"):
+        apply_changes(tmp_path / "start", tmp_path / "wider", tmp_path / "out")
+    save_changes(tmp_path / "deeper", new_model(tiny(tmp_path, layers=4)))
+    with pytest.raises(InputError, match=r"has no tensor model\.layers\.3"):
+        apply_changes(tmp_path / "start", tmp_path / "deeper", tmp_path / "out")
+    with pytest.raises(InputError, match="no tensor of .* matches --trainable 'layer_9'"):
+        started_model(tiny(tmp_path, start=tmp_path / "start", trainable="layer_9"))
 
 
 def test_a_loss_that_is_not_a_number_goes_back_to_the_saved_state(rows, tmp_path):

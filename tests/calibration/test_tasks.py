@@ -11,9 +11,11 @@ from transformers import AutoTokenizer
 from prhs_calibration.corpus import built_in_text
 from prhs_calibration.evaluation.tasks import TASKS, entities, forms, people, structures
 from prhs_calibration.evaluation.tasks.assemble import continuation
+from prhs_calibration.evaluation.tasks.episodes import forms_of
 from prhs_calibration.reference_model import data, reference_path
 from prhs_calibration.reference_model.task_rows import TaskRows
 from prhs_calibration.reference_model.train import tokenize
+from prhs_calibration.reference_model.wordings import all_forms, wordings
 from prhs_kernels.errors import UsageError
 
 EXACT = sorted(name for name, task in TASKS.items() if task.metric == "exact")
@@ -209,6 +211,53 @@ def test_held_out_names_and_forms_are_disjoint_from_those_trained_with():
         assert not set(seen_forms) & set(people.PEOPLE["unseen"][fact])
 
 
+def words_and_signs(form):
+    return re.findall(
+        r"\{\w\}|[a-z0-9_]+|[^a-z0-9_\s]", form.lower().replace("{a}", "{A}").replace("{A}", "{a}")
+    )
+
+
+def test_no_wording_trained_with_holds_a_held_out_form_or_four_words_of_one():
+    """Full surface forms are disjoint, and so is every run of four words, signs or slots."""
+    trained = {form for form in all_forms(wordings()) if form}
+    held_out = {form for form in all_forms(forms_of("unseen")) if form}
+    assert len(trained) > 40_000 and not trained & held_out
+    of_trained = {f" {' '.join(words_and_signs(form))} " for form in trained}
+    runs = {
+        tuple(words[i : i + 4])
+        for words in map(words_and_signs, held_out)
+        for i in range(max(1, len(words) - 3))
+    }
+    assert len(runs) > 100
+    text = "\n".join(of_trained)
+    assert [run for run in runs if f" {' '.join(run)} " in text] == []
+    assert not set(wordings().attributes) & set(entities.UNSEEN_ATTRIBUTES)
+
+
+def test_wordings_are_many_and_hold_their_slots():
+    made = wordings()
+    for name, slots in {
+        "statements": "nv",
+        "questions": "nv",
+        "assignments": "nv",
+        "aliases": "nv",
+        "traces": "n",
+        "listed": "niv",
+        "listed_questions": "n",
+    }.items():
+        table = getattr(made, name)
+        assert len(set(table)) > 1500, name
+        for form in table:
+            assert all(f"{{{slot}}}" in form for slot in slots), form
+    assert all(form.endswith("{n} ->") for form in made.traces)
+    for pairs in (made.pairs, made.passages, made.word_lists, *made.people.values()):
+        assert len(set(pairs)) > 1500
+    assert all("{n}" in row and "{v}" in row and len(asked) == 3 for _, row, _, asked in made.pairs)
+    assert all("{n}" in head and "{n}" in asked for head, asked in made.passages)
+    for form in all_forms(made):
+        assert not re.search(r"NOUN|SEP|\w\|\w|  ", form), form
+
+
 def test_unseen_items_use_only_what_training_never_uses():
     tokenizer = reference()
     seen = set(entities.names("seen")) | set(entities.identifiers("seen"))
@@ -226,10 +275,10 @@ def test_text_around_is_held_out_text():
     assert not set(data.held_out_files()) & set(data.training_files())
 
 
-@pytest.fixture(scope="module")
-def rows():
+@pytest.fixture(scope="module", params=[0.0, 0.8])
+def rows(request):
     files = dict(list(data.held_out_files().items())[:20])
-    return TaskRows(reference(), tokenize(reference(), files), seed=5)
+    return TaskRows(reference(), tokenize(reference(), files), seed=5, wide=request.param)
 
 
 def test_training_rows_state_every_answer_before_they_ask_for_it(rows):

@@ -1,7 +1,7 @@
 """Resumable training state as safetensors (weights, optimizer moments) with its counters as JSON metadata.
 
-Also what a fine-tune changed: `python -m prhs_calibration.reference_model.checkpoint START CHANGED OUT` puts the
-changed tensors into a copy of a checkpoint and leaves every other byte as it is.
+Also what a fine-tune changed: `python -m prhs_calibration.reference_model.checkpoint START CHANGED OUT` puts
+the changed tensors into a copy of a checkpoint and leaves every other byte as it is.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def save_changes(path: Path, model: nn.Module) -> None:
 
 
 def apply_changes(start: Path, changed: Path, out: Path) -> list[str]:
-    """Copy the checkpoint folder `start` to `out` with the tensors of `changed`; returns the pieces that differ.
+    """Copy checkpoint folder `start` to `out` with the tensors of `changed`; returns the pieces that differ.
 
     Pieces keep their layout, so that tensors that did not change keep their bytes. InputError if a tensor of
     `changed` has no place of its size in `start`.

@@ -1,7 +1,7 @@
 """Wordings to train with: for every task thousands of forms, drawn from a grammar or of random words.
 
-Nothing here is used in evaluation. No form shares a whole held-out form, or four words and signs in a row, with
-the forms kept for evaluation (`kept_out`). Slots are those of `evaluation.tasks.forms`.
+Nothing here is used in evaluation. No form holds a form kept for evaluation, or four words and signs in a row
+of one. Slots are those of `evaluation.tasks.forms`.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from random import Random
 
-from ..evaluation.tasks.entities import UNSEEN_ATTRIBUTES, WORDS
+from ..evaluation.tasks.entities import ATTRIBUTES, UNSEEN_ATTRIBUTES, WORDS
 from ..evaluation.tasks.episodes import forms_of
 from ..evaluation.tasks.types import Forms
 from . import grammar as g
@@ -31,22 +31,20 @@ Draw = Callable[[Random], str]
 def wordings() -> Forms:
     """All tables; the same on every call and machine."""
     rng = Random("wordings")
+    composed = {f"{word} {kind}" for word in WORDS[::2] for kind in g.KINDS}
     return Forms(
-        attributes=tuple(
-            sorted({f"{w} {kind}" for w in WORDS[::2] for kind in g.KINDS} - set(UNSEEN_ATTRIBUTES))
-        )
-        + forms_of("seen").attributes * 30,
-        statements=_table(rng, _mixed(g.STATEMENTS, _random_fact), _dressed),
-        questions=_table(rng, _mixed(g.QUESTIONS, _random_fact), _dressed),
+        attributes=(*sorted(composed - set(UNSEEN_ATTRIBUTES)), *[*ATTRIBUTES] * 30),
+        statements=_table(rng, _mixed(g.TABLES["statements"], _random_fact), _dressed),
+        questions=_table(rng, _mixed(g.TABLES["questions"], _random_fact), _dressed),
         pairs=tuple(_pairs(rng) for _ in range(COUNT)),
-        assignments=_table(rng, _mixed(g.ASSIGNMENTS, _random_pair), _dressed),
-        aliases=_table(rng, _mixed((*g.ASSIGNMENTS, *g.ALIASES), _random_pair), _dressed),
-        traces=_table(rng, _mixed(g.TRACES, _random_trace), _prefixed),
-        listed=_table(rng, _mixed(g.LISTED, _random_listed), _dressed),
-        listed_questions=_table(rng, _mixed(g.LISTED_QUESTIONS, _random_naming), _prefixed),
+        assignments=_table(rng, _mixed(g.TABLES["assignments"], _random_pair), _dressed),
+        aliases=_table(rng, _mixed((*g.TABLES["assignments"], *g.TABLES["aliases"]), _random_pair), _dressed),
+        traces=_table(rng, _mixed(g.TABLES["traces"], _random_trace), _prefixed),
+        listed=_table(rng, _mixed(g.TABLES["listed"], _random_listed), _dressed),
+        listed_questions=_table(rng, _mixed(g.TABLES["listed questions"], _random_naming), _prefixed),
         passages=tuple(_passage(rng) for _ in range(COUNT)),
         word_lists=tuple(_word_list(rng) for _ in range(COUNT)),
-        people={fact: tuple(_person(rng, fact) for _ in range(COUNT)) for fact in g.PEOPLE},
+        people={fact: tuple(_person(rng, fact) for _ in range(COUNT)) for fact in g.FACTS},
     )
 
 
@@ -58,7 +56,7 @@ def runs(form: str, size: int = _RUN) -> set[tuple[str, ...]]:
 
 @lru_cache(maxsize=1)
 def kept_out() -> tuple[frozenset[tuple[str, ...]], frozenset[str]]:
-    """(runs of the held-out forms, held-out forms shorter than a run, as joined tokens with spaces around)."""
+    """(runs of the held-out forms, shorter held-out forms as words and signs with spaces around)."""
     every = [run for form in all_forms(forms_of("unseen")) if form for run in runs(form)]
     long = frozenset(run for run in every if len(run) == _RUN)
     return long, frozenset(f" {' '.join(run)} " for run in every if len(run) < _RUN)
@@ -85,6 +83,11 @@ def _fill(rng: Random, pattern: str, **words: str) -> str:
     for name, word in words.items():
         pattern = pattern.replace(name, word)
     text = _ALTERNATIVES.sub(lambda match: rng.choice(match[1].split("|")), pattern)
+    return _tidy(text)
+
+
+def _tidy(text: str) -> str:
+    """No space at the ends, no two in a row."""
     return re.sub(r" +", " ", text).strip()
 
 
@@ -129,7 +132,7 @@ def _joined(rng: Random, *slots: str) -> str:
     parts: list[str] = []
     for slot in slots:
         parts += [_words(rng), rng.choice(("", "", _sep(rng))), slot.join(rng.choice(g.QUOTES))]
-    return re.sub(r" +", " ", " ".join(parts)).strip()
+    return _tidy(" ".join(parts))
 
 
 def _random_fact(rng: Random) -> str:
@@ -147,7 +150,8 @@ def _before_value(rng: Random) -> str:
 
 
 def _random_trace(rng: Random) -> str:
-    return _words(rng, 0, 4) + rng.choice((" {n} ->", ": {n} ->", ", {n} ->", " ({n}) {n} ->", " - {n} ->"))
+    end = rng.choice((" {n} ->", ": {n} ->", ", {n} ->", " ({n}) {n} ->", " - {n} ->"))
+    return (_words(rng, 0, 4) + end).strip()
 
 
 def _random_listed(rng: Random) -> str:
@@ -164,10 +168,10 @@ def _random_naming(rng: Random) -> str:
 
 def _pairs(rng: Random) -> tuple[str, str, str, tuple[str, ...]]:
     """(line in front, row, line behind, questions), drawn independently of each other."""
-    head = _until_allowed(rng, lambda r: _fill(r, r.choice(g.PAIR_HEADS)))
-    row = _until_allowed(rng, lambda r: _prefixed(r, _mixed(g.PAIR_ROWS, _random_pair)(r)))
+    head = _until_allowed(rng, lambda r: _fill(r, r.choice(g.PAIR_HEADS), SEP=_sep(r)))
+    row = _until_allowed(rng, lambda r: _prefixed(r, _mixed(g.TABLES["pair rows"], _random_pair)(r)))
     echo = row.partition("{v}")[0] + "{v}"
-    asked = [_mixed(g.PAIR_QUESTIONS, _random_pair), lambda r: f"{r.choice(g.ECHOES)} {echo}"]
+    asked = [_mixed(g.TABLES["pair questions"], _random_pair), lambda r: f"{r.choice(g.ECHOES)} {echo}"]
     questions = tuple(_until_allowed(rng, lambda r: _prefixed(r, r.choice(asked)(r))) for _ in range(3))
     return head, row, rng.choice(g.PAIR_TAILS), questions
 
@@ -177,23 +181,25 @@ def _two(rng: Random, first: Draw, second: Draw) -> tuple[str, str]:
 
 
 def _passage(rng: Random) -> tuple[str, str]:
-    noun = rng.choice(g.PASSAGE_NOUNS)
-    heads = _mixed(g.PASSAGES, _random_naming)
-    questions = _mixed(g.PASSAGE_QUESTIONS, _random_naming)
+    noun = rng.choice(g.TABLES["passage nouns"])
+    heads = _mixed(g.TABLES["passages"], _random_naming)
+    questions = _mixed(g.TABLES["passage questions"], _random_naming)
     return _two(
         rng,
         lambda r: _prefixed(r, heads(r).replace("NOUN", noun)),
         lambda r: _prefixed(
-            r, questions(r).replace("NOUN", noun if r.random() < 0.8 else r.choice(g.PASSAGE_NOUNS))
+            r, questions(r).replace("NOUN", noun if r.random() < 0.8 else r.choice(g.TABLES["passage nouns"]))
         ),
     )
 
 
 def _word_list(rng: Random) -> tuple[str, str]:
-    noun = rng.choice((*g.LIST_NOUNS, rng.choice(WORDS) + "s"))
-    heads = _mixed(g.WORD_LISTS, lambda r: _words(r, 1, 3) + r.choice((":", " =", "", ";", " -", ")")))
+    noun = rng.choice((*g.TABLES["list nouns"], rng.choice(WORDS) + "s"))
+    heads = _mixed(
+        g.TABLES["word lists"], lambda r: _words(r, 1, 3) + r.choice((":", " =", "", ";", " -", ")"))
+    )
     questions = _mixed(
-        g.WORD_LIST_QUESTIONS, lambda r: _words(r, 1, 4) + r.choice((":", " =", "", "?", " is"))
+        g.TABLES["word list questions"], lambda r: _words(r, 1, 4) + r.choice((":", " =", "", "?", " is"))
     )
     return _two(
         rng,
@@ -204,21 +210,23 @@ def _word_list(rng: Random) -> tuple[str, str]:
 
 def _person(rng: Random, fact: str) -> tuple[str, str]:
     """(statement, question) on one fact; of random words, the question repeats some of the statement's."""
-    nouns, statements, questions = g.PEOPLE[fact]
+    nouns, statements, questions = (
+        g.TABLES[f"{fact} {part}"] for part in ("nouns", "statements", "questions")
+    )
     if rng.random() < RANDOM_SHARE:
         cue = rng.choice((rng.choice(nouns), _words(rng, 1, 2)))
         return _two(
             rng,
-            lambda r: (
-                f"{r.choice((f'{_words(r)} {cue} {{n}}', f'{{n}} {cue} {_words(r)}'))} {{v}}".strip() + "."
-            ),
-            lambda r: (
-                f"{_words(r)} {r.choice((f'{cue} {{n}}', f'{{n}} {cue}'))}{r.choice(g.BEFORE_VALUE)}".strip()
+            lambda r: _tidy(r.choice((f"{_words(r)} {cue} {{n}}", f"{{n}} {cue} {_words(r)}")) + " {v}."),
+            lambda r: _tidy(
+                f"{_words(r)} {r.choice((f'{cue} {{n}}', f'{{n}} {cue}'))}{r.choice(g.BEFORE_VALUE)}"
             ),
         )
     words = {"NOUN": rng.choice(nouns)}
     return _two(
         rng,
-        lambda r: _dressed(r, _fill(r, r.choice((*statements, *g.PEOPLE_STATEMENTS)), **words)),
-        lambda r: _prefixed(r, _fill(r, r.choice((*questions, *g.PEOPLE_QUESTIONS)), NOUN=r.choice(nouns))),
+        lambda r: _dressed(r, _fill(r, r.choice((*statements, *g.TABLES["people statements"])), **words)),
+        lambda r: _prefixed(
+            r, _fill(r, r.choice((*questions, *g.TABLES["people questions"])), NOUN=r.choice(nouns))
+        ),
     )
