@@ -11,7 +11,7 @@ from prhs_cli import options
 from prhs_cli.commands import analyze, evaluate, verify_bound
 from prhs_cli.loading import Source
 from prhs_cli.output import Output
-from prhs_kernels.errors import UsageError
+from prhs_kernels.errors import InputError, UsageError
 
 EPILOG = """\b
 Examples:
@@ -19,16 +19,19 @@ Examples:
   prhs plot posterior-bias result.json -o figure.pdf
   prhs plot bound                                the newest result of verify-bound
   prhs plot risk reference.safetensors           the risk curve of a bundle
-  prhs plot accuracy                             the newest result of evaluate"""
+  prhs plot accuracy                             the newest result of evaluate
+  prhs plot latency                              the newest result of bench operator
+  prhs plot throughput                           the newest result of bench decode"""
 
-KINDS = {"accuracy": "evaluate"}  # of the results that a figure is drawn from, where they are named otherwise
+# kinds of the results that a figure is drawn from, where they are named otherwise
+KINDS = {"accuracy": "evaluate", "latency": "bench-operator", "throughput": "bench-decode"}
 SMALL = 4  # prompts of the analysis that is made when there is no result
 SMALL_TASKS = ("single_needle", "perplexity")
 
 
 def command(
     figure: Annotated[
-        Literal["posterior-bias", "bound", "risk", "accuracy"],
+        Literal["posterior-bias", "bound", "risk", "accuracy", "latency", "throughput"],
         typer.Argument(help="What to draw.", show_default=False),
     ],
     result: Annotated[
@@ -52,7 +55,7 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw a figure from a result file of analyze, verify-bound or evaluate, or from a bundle."""
+    """Draw a figure from a result file of analyze, verify-bound, evaluate or bench, or from a bundle."""
     out = Output(as_json=as_json, quiet=quiet)
     path = output or Path(f"{figure}.png")
     from prhs_calibration.files import check_writable
@@ -74,11 +77,12 @@ def _draw(figure: str, source: Path, path: Path) -> None:
         from prhs_cli.plots import risk
 
         return risk.draw(Bundle.load(source), path)
-    from prhs_calibration.results import read_result
-    from prhs_cli.plots import accuracy, bound, posterior_bias
+    import importlib
 
-    draw = {"accuracy": accuracy.draw, "bound": bound.draw, "posterior-bias": posterior_bias.draw}[figure]
-    draw(read_result(source, kind=KINDS.get(figure, figure)), path)
+    from prhs_calibration.results import read_result
+
+    module = importlib.import_module(f"prhs_cli.plots.{figure.replace('-', '_')}")
+    module.draw(read_result(source, kind=None if figure == "latency" else KINDS.get(figure, figure)), path)
 
 
 def _newest(figure: str) -> Path | None:
@@ -94,6 +98,10 @@ def _newest(figure: str) -> Path | None:
 
 def _small(out: Output, figure: str) -> Path:
     """A result made for the figure, so that a newcomer sees one."""
+    if figure in ("latency", "throughput"):
+        raise InputError(
+            f"no result of prhs {KINDS[figure].replace('-', ' ')} yet; run that on a machine with a GPU"
+        )
     out.note(f"no result yet: making one from {SMALL} prompts on the embedded model")
     if figure == "bound":
         return verify_bound.run(out, Source(), None, 0, None, num_prompts=SMALL)[0]

@@ -179,6 +179,11 @@ def test_bundle_gives_kept_and_ratio(prhs: Prhs, monkeypatch: pytest.MonkeyPatch
     assert plan.ratios == (found.retrieval_ratio,) and plan.points[0].kept == round(found.kept * 4096)
 
 
+def test_plot_without_a_result_says_what_to_run(prhs: Prhs, tmp_path: Path) -> None:
+    done = prhs("plot", "throughput", "-o", tmp_path / "f.png")
+    assert done.code == 3 and "no result of prhs bench decode yet" in done.error
+
+
 def toy_run(what: str, path: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """The real thing, in a process whose triton interprets."""
     environment = {

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from prhs_calibration.bundle import Bundle
 from prhs_calibration.bundle_format import BundleMetadata
-from prhs_cli.plots import bound, posterior_bias, risk, style
+from prhs_cli.plots import bound, latency, posterior_bias, risk, style, throughput
 from prhs_kernels.errors import InputError, UsageError
 
 LAYERS, HEADS, PROMPTS = 6, 4, 40
@@ -111,11 +111,44 @@ def bundle() -> Bundle:
     return Bundle(metadata, {"time/lambda": dial, "risk/loss": torch.tensor(loss)})
 
 
+def bench_result(kind: str, batches: tuple[int, ...] = (8,)) -> dict[str, Any]:
+    """Times of four cases at three contexts, as `prhs bench` saves them."""
+    rows = []
+    step = "layer" if kind == "bench-operator" else "sparse"
+    cases = (
+        ("sdpa cudnn", "dense", 1.0),
+        ("dense_decode", "dense", 1.2),
+        ("masked sdpa as gpt-fast", "masked", 3.0),
+        (f"{step}, ρ = 0", "sparse", 0.1),
+        (f"{step}, ρ = 0.125", "sparse", 0.3),
+    )
+    for batch, n, (case, form, factor) in itertools.product(batches, (4096, 16384, 32768), cases):
+        spent = factor * batch * n / 1000
+        sizes = {"num_qo_heads": 32, "num_kv_heads": 8, "head_dim": 128, "kept": 1024}
+        rows.append(
+            {
+                "problem": sizes | {"name": "tiny", "batch": batch, "n": n},
+                "case": case,
+                "kind": form,
+                "timing": {"p20": spent, "p50": spent, "p80": spent},
+                "floor_us": 0.8 * spent,
+                "copy_rate": 4e6,
+            }
+        )
+    rows.append({**rows[0], "case": "flash-attn", "timing": None, "floor_us": None})
+    conditions = {"versions": {"torch": "2.11"}, "device": "NVIDIA H200", "dtype": "bfloat16"}
+    data = {"complete": True, "rows": rows}
+    return {"kind": kind, "schema": 1, "conditions": conditions, "data": data}
+
+
 FIGURES: dict[str, tuple[Any, Any]] = {
     "posterior-bias": (posterior_bias, posterior_bias_result),
     "bound": (bound, bound_result),
     "risk": (risk, bundle),
+    "latency": (latency, lambda: bench_result("bench-operator")),
+    "throughput": (throughput, lambda: bench_result("bench-decode")),
 }
+TIMES = ("latency", "throughput")
 every_figure = pytest.mark.parametrize("name", FIGURES)
 
 
@@ -143,7 +176,7 @@ def test_svg_has_searchable_labels(name: str, tmp_path: Path) -> None:
     module, make = FIGURES[name]
     module.draw(make(), tmp_path / "figure.svg")
     text = (tmp_path / "figure.svg").read_text()
-    assert "dropped mass" in text and "tiny" in text
+    assert ("copy bandwidth" if name in TIMES else "dropped mass") in text and "tiny" in text
 
 
 @every_figure
@@ -248,6 +281,62 @@ def test_subset_of_selectors() -> None:
     result = posterior_bias_result()
     result["data"]["cells"] = [cell for cell in result["data"]["cells"] if cell["selector"] == "quest"]
     assert len(posterior_bias.figure(result).axes[0].containers) == 1
+
+
+def test_latency_draws_every_case_and_its_floor() -> None:
+    (axis,) = drawn("latency").axes
+    drawn_lines = {str(line.get_label()): line for line in axis.get_lines()}
+    assert {"fastest dense", "masked sdpa as gpt-fast", "layer, ρ = 0", "layer, ρ = 0.125"} <= set(
+        drawn_lines
+    )
+    dense = drawn_lines["fastest dense"]
+    assert list(np.asarray(dense.get_xdata())) == [4096, 16384, 32768]
+    assert np.asarray(dense.get_ydata()) == pytest.approx([8 * 4.096, 8 * 16.384, 8 * 32.768])
+    floors = [line for line in axis.get_lines() if line.get_linestyle() == ":" and len(line.get_xdata()) == 3]  # type: ignore[arg-type]
+    assert len(floors) == 4
+    assert np.asarray(floors[0].get_ydata()) == pytest.approx(0.8 * np.asarray(dense.get_ydata()))
+
+
+def test_throughput_over_context_or_batch() -> None:
+    (axis,) = drawn("throughput").axes
+    line = next(line for line in axis.get_lines() if line.get_label() == "sparse, ρ = 0")
+    assert np.asarray(line.get_ydata()) == pytest.approx([1e6 / 0.4096, 1e6 / 1.6384, 1e6 / 3.2768])
+    assert "context" in axis.get_xlabel()
+    wide = bench_result("bench-decode", batches=(1, 2, 4, 8))
+    axes = throughput.figure(wide).axes
+    assert len(axes) == 3 and all("batch" in axis.get_xlabel() for axis in axes)
+
+
+def test_one_point_still_shows_its_floor() -> None:
+    result = bench_result("bench-operator")
+    result["data"]["rows"] = [row for row in result["data"]["rows"] if row["problem"]["n"] == 4096]
+    (axis,) = latency.figure(result).axes
+    assert sum(line.get_marker() == "_" for line in axis.get_lines()) == 4
+
+
+def test_two_numbers_of_kept_positions_are_two_lines() -> None:
+    result = bench_result("bench-decode")
+    more = copy.deepcopy([row for row in result["data"]["rows"] if row["kind"] == "sparse"])
+    for row in more:
+        row["problem"]["kept"] = 2048
+    result["data"]["rows"] += more
+    labels = {str(line.get_label()) for line in latency.figure(result).axes[0].get_lines()}
+    assert {"sparse, ρ = 0, 1024 kept", "sparse, ρ = 0, 2048 kept"} <= labels
+
+
+@pytest.mark.parametrize("module", [latency, throughput])
+def test_results_without_times_are_refused(module: Any) -> None:
+    with pytest.raises(InputError, match="not a"):
+        module.figure(bound_result())
+    result = bench_result("bench-decode")
+    for row in result["data"]["rows"]:
+        row["timing"] = None
+    with pytest.raises(InputError, match="holds no time"):
+        module.figure(result)
+    result = bench_result("bench-decode")
+    del result["data"]["rows"][0]["problem"]["n"]
+    with pytest.raises(InputError, match="incomplete"):
+        module.figure(result)
 
 
 @pytest.mark.parametrize("module", [posterior_bias, bound])
