@@ -49,6 +49,13 @@ def split_budgets(text: str) -> tuple[tuple[float, ...], bool]:
     return fractions, PUBLISHED in parts
 
 
+def complete_model(incomplete: str) -> list[str]:
+    """Names that the shell offers for a model; hub ids and folders are typed out."""
+    from prhs_calibration.hub import ALIASES, EMBEDDED
+
+    return [name for name in (*EMBEDDED, *ALIASES) if name.startswith(incomplete)]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on stderr.")]
 
@@ -56,6 +63,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
+        autocompletion=complete_model,
         help="Alias (see `prhs models`), hub id, local folder, or `reference`, the embedded model.",
         show_default=False,
     ),
@@ -66,6 +74,7 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
+        autocompletion=complete_model,
         help="Alias (see `prhs models`), hub id, local folder, or `reference`.",
     ),
 ]

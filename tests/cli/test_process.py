@@ -101,3 +101,19 @@ def test_a_closed_pipe_is_no_error(environment: dict[str, str]) -> None:
     done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout == "{"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("prhs generate --model reference-", ["reference-8k"]),
+        ("prhs calibrate qwen3-", ["qwen3-0.6b", "qwen3-4b", "qwen3-8b"]),
+        ("prhs generate --batch", ["--batch-size"]),
+    ],
+)
+def test_the_shell_completes_options_and_model_names(
+    environment: dict[str, str], words: str, offered: list[str]
+) -> None:
+    asked = {"_PRHS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run(PRHS, env=environment | asked, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == offered, done.stderr
