@@ -101,7 +101,9 @@ def command(
 
     source = Source(model, bundle, revision, device, dtype, split=True)
     sampling = Sampling(temperature, top_p, seed)
-    settings = {"backend": backend, "mode": mode}
+    # whoever compares, releases or names a backend wants sparse attention, be it slower
+    fallback = backend == "auto" and mode == "audited" and compare is None
+    settings = {"backend": backend, "mode": mode, "dense_fallback": fallback}
     job = continuing.Job.prepare(out, source, delta, sampling, settings, dense=compare is not None)
     requests = job.requests(prompts.prompts, raw, max_new_tokens)
     if prompts.is_text and file is None:

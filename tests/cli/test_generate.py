@@ -99,6 +99,12 @@ def test_released_mode_writes_the_same_tokens(prhs: Prhs, workplace: Workplace, 
     assert [f["backend"] for f in figures] == ["reference", "reference"]
     for name in ("prompt_tokens", "new_tokens"):
         assert figures[0][name] == figures[1][name]
+    slots, row = 300 + NEW_TOKENS, 2 * 2 * 16 * 4  # the longest prompt and its new tokens; K and V of 2 heads
+    dense = [f["kv_bytes_resident_dense"] for f in figures]
+    assert dense == [4 * 4 * (slots - 1) * row, 4 * 4 * slots * row], (
+        "the engine keeps room for the last token"
+    )
+    assert figures[1]["kv_bytes_resident"] <= dense[1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

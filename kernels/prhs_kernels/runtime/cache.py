@@ -179,13 +179,17 @@ class PrhsCache(Cache):  # type: ignore[misc]
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of keys and values that the unmodified model would keep for the same tokens.
+        """Bytes of keys and values that the unmodified model would keep for the same tokens."""
+        return self.dense_bytes_of(self.get_seq_length())
+
+    def dense_bytes_of(self, length: int) -> int:
+        """The same for `length` slots, of a cache that holds some.
 
         Padding included; a layer with a sliding window keeps one position less than the window.
         """
         total = 0
         for layer in self._filled():
-            window, length = self._windows[layer], self.get_seq_length()
+            window = self._windows[layer]
             kept = length if window is None else min(length, window - 1)
             total += kept * sum(tensor[:, :, :1].nbytes for tensor in self.keys_and_values(layer))
         return total
