@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel, StaticCache
 
+from prhs_kernels.ops.step_plan.api import StepPlan
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.engine import DecodeEngine
-from prhs_kernels.runtime.step_plan import StepPlan
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, StepPlan], torch.Tensor]
 
