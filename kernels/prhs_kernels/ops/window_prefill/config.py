@@ -11,6 +11,7 @@ import torch
 from prhs_kernels.ops.decode_config import next_power_of_2, precision
 
 HOPPER = 90
+FP32_CHAIN = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,14 @@ class PrefillConfig:
 
     def constants(self, query: torch.Tensor) -> dict[str, Any]:
         """Compile-time arguments and launch options."""
+        padded = next_power_of_2(query.shape[-1])
         return {
             "HEAD_DIM": query.shape[-1],
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
-            "BLOCK_D": next_power_of_2(query.shape[-1]),
+            "BLOCK_D": padded,
+            # columns that are summed in one chain: PyTorch's fp32 product breaks them up as well
+            "BLOCK_C": min(padded, FP32_CHAIN) if query.dtype == torch.float32 else padded,
             "PRECISION": precision(query.dtype),
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,

@@ -31,16 +31,43 @@ def window_bounds(slot, pad, fraction, num_local, sliding_window):
 
 
 @triton.jit
-def load_tile(ptrs, offs_d, valid, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of Q, K or V `[len(valid), BLOCK_D]`; rows that are not valid are 0 and not touched."""
-    if MASKED and HEAD_DIM != BLOCK_D:
-        return tl.load(ptrs, mask=valid[:, None] & (offs_d[None, :] < HEAD_DIM), other=0.0)
+def load_tile(
+    base_ptr, rows, stride, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Columns [FIRST, FIRST + WIDTH) of rows of Q, K or V; rows that are not valid are 0 and not touched."""
+    columns = FIRST + tl.arange(0, WIDTH)[None, :]
+    ptrs = base_ptr + rows.to(tl.int64)[:, None] * stride + columns
+    if MASKED and HEAD_DIM < FIRST + WIDTH:
+        return tl.load(ptrs, mask=valid[:, None] & (columns < HEAD_DIM), other=0.0)
     elif MASKED:
         return tl.load(ptrs, mask=valid[:, None], other=0.0)
-    elif HEAD_DIM != BLOCK_D:
-        return tl.load(ptrs, mask=offs_d[None, :] < HEAD_DIM, other=0.0)
+    elif HEAD_DIM < FIRST + WIDTH:
+        return tl.load(ptrs, mask=columns < HEAD_DIM, other=0.0)
     else:
         return tl.load(ptrs)
+
+
+@triton.jit
+def load_chunks(
+    base_ptr, rows, stride, valid, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A tile of Q or K as a tuple of its chunks of BLOCK_C columns."""
+    chunks = (load_tile(base_ptr, rows, stride, valid, 0, BLOCK_C, MASKED, HEAD_DIM),)
+    for first in tl.static_range(BLOCK_C, BLOCK_D, BLOCK_C):
+        chunks += (load_tile(base_ptr, rows, stride, valid, first, BLOCK_C, MASKED, HEAD_DIM),)
+    return chunks
+
+
+@triton.jit
+def multiply(q, k, PRECISION: tl.constexpr):
+    """Q K^T of tiles in chunks. A chunk is summed apart from the others, or in fp32 rounding would add up
+    along all of head_dim; `fma`, since a plain sum would be folded back into one accumulator."""
+    scores = tl.dot(q[0], tl.trans(k[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(q)):
+        scores = tl.fma(tl.dot(q[i], tl.trans(k[i]), input_precision=PRECISION), 1.0, scores)
+    return scores
 
 
 @triton.jit
@@ -50,7 +77,10 @@ def attend(scores, v, best, total, acc, scale_log2, PRECISION: tl.constexpr):
     probs = tl.exp2(scores * scale_log2 - higher[:, None])
     shrink = tl.exp2(best - higher)
     total = total * shrink + tl.sum(probs, axis=1)
-    acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    if PRECISION == "ieee":  # summed within the tile first, for the same reason as in `multiply`
+        acc = tl.fma(acc, shrink[:, None], tl.dot(probs, v, input_precision=PRECISION))
+    else:
+        acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None])
     return higher, total, acc
 
 
@@ -89,6 +119,7 @@ def window_prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # the last queries see most: they start first, so that the short ones fill the end
@@ -112,48 +143,36 @@ def window_prefill_kernel(
     left = tl.cdiv(sinks + settled - begin, BLOCK_N)  # tiles
     inner = tl.maximum((sinks + first + 1 - begin) // BLOCK_N - left, 0)
 
-    offs_d = tl.arange(0, BLOCK_D)
     q_ptr += batch * stride_qb + head * stride_qh
     k_ptr += batch * stride_kb + head // group * stride_kh
     v_ptr += batch * stride_vb + head // group * stride_vh
-    q_ptrs = q_ptr + rows.to(tl.int64)[:, None] * stride_qm + offs_d[None, :]
-    q = load_tile(q_ptrs, offs_d, rows < steps, True, HEAD_DIM, BLOCK_D)
+    q = load_chunks(q_ptr, rows, stride_qm, rows < steps, True, HEAD_DIM, BLOCK_D, BLOCK_C)
     best = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in range(0, tl.cdiv(places, BLOCK_N) - inner):
         place = tl.where(i < left, i, i + inner) * BLOCK_N + tl.arange(0, BLOCK_N)
         key = tl.where(place < sinks, begin_sinks, begin - sinks) + place
-        offsets = key.to(tl.int64)[:, None]
-        k = load_tile(
-            k_ptr + offsets * stride_kn + offs_d[None, :], offs_d, place < places, True, HEAD_DIM, BLOCK_D
-        )
-        v = load_tile(
-            v_ptr + offsets * stride_vn + offs_d[None, :], offs_d, place < places, True, HEAD_DIM, BLOCK_D
-        )
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k = load_chunks(k_ptr, key, stride_kn, place < places, True, HEAD_DIM, BLOCK_D, BLOCK_C)
+        v = load_tile(v_ptr, key, stride_vn, place < places, 0, BLOCK_D, True, HEAD_DIM)
         in_sinks = (key < sink_end)[None, :] & (key[None, :] >= lowest[:, None])
         seen = (in_sinks | (key[None, :] >= window[:, None])) & (key[None, :] <= slot[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
+        scores = tl.where(seen, multiply(q, k, PRECISION), float("-inf"))
         best, total, acc = attend(scores, v, best, total, acc, scale_log2, PRECISION)
     for i in range(left, left + inner):
         key = begin - sinks + i * BLOCK_N + tl.arange(0, BLOCK_N)
-        offsets = key.to(tl.int64)[:, None]
-        k = load_tile(
-            k_ptr + offsets * stride_kn + offs_d[None, :], offs_d, key >= 0, False, HEAD_DIM, BLOCK_D
-        )
-        v = load_tile(
-            v_ptr + offsets * stride_vn + offs_d[None, :], offs_d, key >= 0, False, HEAD_DIM, BLOCK_D
-        )
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k = load_chunks(k_ptr, key, stride_kn, key, False, HEAD_DIM, BLOCK_D, BLOCK_C)
+        v = load_tile(v_ptr, key, stride_vn, key, 0, BLOCK_D, False, HEAD_DIM)
+        scores = multiply(q, k, PRECISION)
         best, total, acc = attend(scores, v, best, total, acc, scale_log2, PRECISION)
 
+    columns = tl.arange(0, BLOCK_D)[None, :]
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     out_ptr += batch * stride_ob + head * stride_oh
     tl.store(
-        out_ptr + rows.to(tl.int64)[:, None] * stride_om + offs_d[None, :],
+        out_ptr + rows.to(tl.int64)[:, None] * stride_om + columns,
         out.to(out_ptr.dtype.element_ty),
-        mask=(rows < steps)[:, None] & (offs_d[None, :] < HEAD_DIM),
+        mask=(rows < steps)[:, None] & (columns < HEAD_DIM),
     )
 
 
