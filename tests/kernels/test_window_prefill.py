@@ -12,7 +12,12 @@ from prhs_kernels.errors import ResourceError, UsageError
 from prhs_kernels.ops.window_prefill import reference
 from prhs_kernels.ops.window_prefill.api import window_prefill
 from prhs_kernels.params import DepthParams, SelectorParams
+from prhs_kernels.runtime import attention
+from prhs_kernels.runtime.attach import sparse_attention
+from prhs_kernels.runtime.engine import DecodeEngine
 from prhs_kernels.selectors.base import Rows, candidates
+from prhs_kernels.testing.inputs import random_tokens, selector_params
+from prhs_kernels.testing.models import tiny_model
 
 
 def seen_by(position: int, fraction: float, num_sinks: int, num_local: int, sliding: int | None) -> list[int]:
@@ -133,3 +138,23 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_no_rows_give_no_rows() -> None:
     query, keys = torch.ones(2, 4, 0, 32), torch.ones(2, 2, 5, 32)
     assert window_prefill(query, keys, keys, scale=1.0).shape == (2, 4, 0, 32)
+
+
+def test_the_backend_of_a_run_is_that_of_its_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def spy(*tensors: torch.Tensor, **numbers: Any) -> torch.Tensor:
+        asked.append(numbers["backend"])
+        return window_prefill(*tensors, **numbers)
+
+    monkeypatch.setattr(attention, "window_prefill", spy)
+    model = tiny_model("llama")
+    params = selector_params(model.config, depth=DepthParams(0, 0.5))
+    ids = torch.tensor([random_tokens(20)])
+    with sparse_attention(model, params) as cache:
+        model(input_ids=ids, past_key_values=cache)
+    assert set(asked) == {"auto"} and len(asked) == params.num_layers - 1, "the first layer has no window"
+    asked.clear()
+    with DecodeEngine(model, params, batch_size=1, max_len=30, backend="reference") as engine:
+        engine.prefill(ids, torch.ones_like(ids))
+    assert set(asked) == {"reference"}

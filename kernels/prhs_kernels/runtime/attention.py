@@ -10,6 +10,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from prhs_kernels.errors import UsageError
+from prhs_kernels.ops.backend import use_triton
 from prhs_kernels.ops.sparse_decode import reference as decode
 from prhs_kernels.ops.window_prefill.api import window_prefill
 from prhs_kernels.runtime.cache import PrhsCache
@@ -123,7 +124,8 @@ def _prefill(
     assert isinstance(layer, int)
     fraction = 0.0 if params.depth is None else params.depth.window_fraction(layer, params.num_layers)
     whole = query.shape[2] == key.shape[2] or params.layer is None
-    if fraction == 0.0 and whole:
+    # with a mask PyTorch leaves its fastest kernels; ours takes padding and sliding window as numbers
+    if fraction == 0.0 and whole and (attention_mask is None or not use_triton(cache.backend, query)):
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -138,6 +140,7 @@ def _prefill(
         num_sinks=params.num_sinks,
         num_local=params.num_local,
         sliding_window=rows.sliding_window,
+        backend=cache.backend,
     )
     return out.transpose(1, 2)
 

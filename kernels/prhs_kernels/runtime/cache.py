@@ -10,6 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from prhs_kernels.errors import UsageError
+from prhs_kernels.ops.backend import Backend
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.stats import DecodeStats
 from prhs_kernels.selectors.base import Rows, StepSelector
@@ -115,6 +116,7 @@ class PrhsCache(Cache):  # type: ignore[misc]
         self.selector: StepSelector | None = None  # decides in decode steps instead of the axes of `params`
         self.memory = Memory()  # the selector's
         self.keep_queries = keep_queries  # of the prompt; some comparison selectors look at its attention
+        self.backend: Backend = "auto"  # of the prefill's attention
         self.stats = DecodeStats()
         self.alive: torch.Tensor | None = None  # [batch] bool, sequences that still count; None for all
         self.forward: Forward | None = None

@@ -268,7 +268,7 @@ def _reference_loop(request: _Request, selector: StepSelector | None) -> Iterato
     run.prompt_tokens = int(mask.sum())
     shown = _Shown(request, time.perf_counter())
     with sparse_attention(model, request.params, selector=selector) as cache:
-        run.stats = cache.stats
+        run.stats, cache.backend = cache.stats, "reference"
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
         left = _feed(model, cache, ids, mask, positions, request.prompt_steps)
         ids, positions = ids[:, left], positions[:, left]

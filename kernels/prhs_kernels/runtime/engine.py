@@ -218,6 +218,7 @@ class DecodeEngine:
         ids, mask = ids.to(self.device), mask.to(self.device)
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
         with sparse_attention(self.model, self.params) as cache:
+            cache.backend = self.backend
             model: Any = self.model
             logits = model(
                 input_ids=ids,

@@ -50,7 +50,7 @@ def window_prefill(
             `DepthParams.window_fraction` of the layer. The product is taken in float64.
         num_sinks, num_local: positions at the start and most recent ones that the window never cuts.
         sliding_window: the model's own window in positions, the current one included.
-        backend: `auto` is triton on CUDA, the reference elsewhere.
+        backend: `auto` is triton on CUDA for what the kernel takes, the reference elsewhere.
 
     Returns:
         `[batch, num_qo_heads, steps, head_dim]` in the query's dtype; 0 for a row that sees nothing
@@ -69,8 +69,7 @@ def window_prefill(
     check_shape("padding", padding, (query.shape[0],))
     check_like("padding", padding, query, INTEGERS)
     run = reference.window_prefill
-    if use_triton(backend, query):
-        check_kernel_limits(query, keys, values, head_dims=PREFILL_HEAD_DIMS)
+    if _runs_kernel(backend, query, keys, values):
         from prhs_kernels.ops.window_prefill import triton as kernel
 
         run = kernel.window_prefill
@@ -86,6 +85,18 @@ def window_prefill(
         num_local=num_local,
         sliding_window=sliding_window,
     )
+
+
+def _runs_kernel(backend: Backend, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    if not use_triton(backend, query):
+        return False
+    try:
+        check_kernel_limits(query, keys, values, head_dims=PREFILL_HEAD_DIMS)
+    except UsageError:
+        if backend == "triton":
+            raise
+        return False
+    return True
 
 
 def _check_numbers(

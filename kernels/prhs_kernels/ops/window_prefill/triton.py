@@ -56,7 +56,8 @@ def load_chunks(
     """A tile of Q or K as a tuple of its chunks of BLOCK_C columns."""
     chunks = (load_tile(base_ptr, rows, stride, valid, 0, BLOCK_C, MASKED, HEAD_DIM),)
     for first in tl.static_range(BLOCK_C, BLOCK_D, BLOCK_C):
-        chunks += (load_tile(base_ptr, rows, stride, valid, first, BLOCK_C, MASKED, HEAD_DIM),)
+        tile = load_tile(base_ptr, rows, stride, valid, first, BLOCK_C, MASKED, HEAD_DIM)
+        chunks = chunks + (tile,)  # type: ignore[assignment]
     return chunks
 
 
