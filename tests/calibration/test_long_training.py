@@ -20,6 +20,7 @@ from prhs_calibration.reference_model.schedule import (
     long_learning_rate,
     long_stage,
 )
+from prhs_calibration.reference_model.task_draws import DRAW, episode_weights
 from prhs_calibration.reference_model.task_rows import TaskRows
 from prhs_calibration.reference_model.train import (
     TrainingOptions,
@@ -28,7 +29,7 @@ from prhs_calibration.reference_model.train import (
     started_model,
     tokenize,
 )
-from prhs_kernels.errors import InputError
+from prhs_kernels.errors import InputError, UsageError
 
 TINY = {"hidden": 32, "layers": 3, "ffn": 48, "query_heads": 4, "kv_heads": 2, "head_dim": 8}
 
@@ -90,6 +91,9 @@ def test_curriculum_reaches_the_whole_context_and_rates_fall():
     ]
     fine_tune = [long_stage(p, 8192, FINE_TUNE_STAGES)[0] for p in (0, 0.2, 0.5, 0.85, 0.95, 1)]
     assert fine_tune == [512, 1024, 2048, 4096, 8192, 8192]
+    assert [long_stage(p, 8192, FINE_TUNE_STAGES, 4096)[0] for p in (0, 0.49, 0.51)] == [4096, 4096, 8192]
+    assert long_stage(0.0, 8192, FINE_TUNE_STAGES, 8192)[0] == 8192
+    assert long_stage(0.0, 256, FINE_TUNE_STAGES, 512)[0] == 256
     assert long_stage(0.99, 1024)[0] == 1024 and long_stage(0.0, 128)[0] == 128
     rates = [long_learning_rate(p / 100, 1.0) for p in range(101)]
     assert rates[2] == rates[40] == 1.0 and rates[100] == pytest.approx(0.02)
@@ -176,6 +180,15 @@ def test_a_fine_tune_changes_the_tensors_asked_for_and_no_other_bit(rows, tmp_pa
     equal = [(start / p).read_bytes() == (tmp_path / "two" / p).read_bytes() for p in pieces]
     assert len(pieces) > 2 and 0 < sum(equal) < len(pieces)
     assert (tmp_path / "two" / "config.json").read_bytes() == (start / "config.json").read_bytes()
+
+
+def test_emphasis_draws_a_kind_more_often_and_knows_the_kinds():
+    plain, more = episode_weights(""), episode_weights("copy,chain")
+    for before, after in zip(plain, more, strict=True):
+        ratios = {kind: b / a for kind, a, b in zip(DRAW, before, after, strict=True) if a}
+        assert {kind for kind, ratio in ratios.items() if ratio == 4} == {"copy", "chain"}
+    with pytest.raises(UsageError, match="'needles'.*multi_value"):
+        episode_weights("needles")
 
 
 def test_changes_that_do_not_fit_a_checkpoint_are_refused(tmp_path):

@@ -104,7 +104,7 @@ class LongRun:
     def _stage(self, progress: float) -> tuple[int, int]:
         """(row length, batches per step)."""
         stages = FINE_TUNE_STAGES if self.options.start else LONG_STAGES
-        return long_stage(progress, self.options.context_length, stages)
+        return long_stage(progress, self.options.context_length, stages, self.options.shortest)
 
     def _length_of(self, step: int) -> int:
         """Row length of a batch when the run is counted in tokens."""

@@ -53,15 +53,20 @@ _STABLE = 0.4  # of the run at the peak rate, then down in a line
 
 
 def long_stage(
-    progress: float, context_length: int, stages: tuple[tuple[int, float, int], ...] = LONG_STAGES
+    progress: float,
+    context_length: int,
+    stages: tuple[tuple[int, float, int], ...] = LONG_STAGES,
+    shortest: int = 0,
 ) -> tuple[int, int]:
-    """(sequence length, batches per step) for progress in [0, 1]."""
+    """(sequence length, batches per step) for progress in [0, 1], without the stages below `shortest`."""
+    kept = [stage for stage in stages if stage[0] >= min(shortest, context_length)] or [stages[-1]]
+    whole = sum(share for _, share, _ in kept)
     end = 0.0
-    for length, share, batches in stages:
-        end += share
+    for length, share, batches in kept:
+        end += share / whole
         if length >= context_length or progress < end - 1e-9:
             return min(length, context_length), batches
-    return context_length, stages[-1][2]
+    return context_length, kept[-1][2]
 
 
 def long_learning_rate(progress: float, peak: float = PEAK_LR) -> float:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..evaluation.tasks.types import Answer, Episode, Line, Piece, Question
 from .batches import line_starts
-from .task_draws import DRAW, WEIGHTS, WIDE_WEIGHTS
+from .task_draws import DRAW, episode_weights
 from .tokenizer import BOS_ID, EOS_ID
 from .wordings import wordings
 
@@ -67,11 +67,13 @@ class TaskRows:
         tokens: npt.NDArray[np.uint16],
         seed: int,
         favoured: int = 0,
+        *,
         wide: float = 0.0,
+        emphasis: str = "",
     ) -> None:
-        """wide: share of the episodes that are worded by `wordings`."""
+        """wide: share of the episodes that are worded by `wordings`; emphasis: see `episode_weights`."""
         self.tokenizer, self.tokens, self.seed, self.favoured = tokenizer, tokens, seed, favoured
-        self.wide = wide
+        self.wide, self.weights = wide, episode_weights(emphasis)
         if wide:
             wordings()  # before any worker is forked, so that all share the tables
         self.line_starts = line_starts(tokenizer, tokens)
@@ -170,7 +172,7 @@ class TaskRows:
         misses = 0
         while misses < 3 and room > 30:
             wide = bool(self.wide) and rng.random() < self.wide
-            kind = rng.choices(list(DRAW), WIDE_WEIGHTS if wide else WEIGHTS)[0]
+            kind = rng.choices(list(DRAW), self.weights[wide])[0]
             episode = DRAW[kind](rng, room, wordings() if wide else None)
             made = self._episode(rng, f"wide_{kind}" if wide else kind, episode, scored=not wide)
             size = sum(len(segment.ids) for segment in made)

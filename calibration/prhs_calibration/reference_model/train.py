@@ -75,6 +75,8 @@ class TrainingOptions:
     start: Path | None = None  # checkpoint to fine-tune instead of a new model; long recipe
     trainable: str = ""  # regular expression: only tensors whose names it is found in are trained
     wide: float = 0.0  # share of the episodes in wider wordings; long recipe
+    emphasis: str = ""  # kinds of episodes drawn four times as often, with commas between; long recipe
+    shortest: int = 0  # tokens of the shortest rows of the curriculum; long recipe
     evaluate: int = 0  # items per task, length and forms in the measurement at the end; long recipe
 
 
@@ -93,11 +95,12 @@ def main(argv: list[str] | None = None) -> None:
     sizes = (
         "tokens seed hidden layers ffn context-length tokens-per-step workers save-every log-every stop-after"
     )
-    sizes += " vocab query-heads kv-heads head-dim favoured evaluate"
+    sizes += " vocab query-heads kv-heads head-dim favoured shortest evaluate"
     for name in sizes.split():
         parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--trainable", default="")
+    for name in ("trainable", "emphasis"):
+        parser.add_argument(f"--{name}", default="")
     parser.add_argument("--recipe", choices=("short", "long"), default="short")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--resume", action="store_true")
@@ -133,7 +136,9 @@ def _train_long(options: TrainingOptions) -> "LlamaForCausalLM":
     run = LongRun(
         options,
         tokenizer,
-        TaskRows(tokenizer, tokens, options.seed, options.favoured, options.wide),
+        TaskRows(
+            tokenizer, tokens, options.seed, options.favoured, wide=options.wide, emphasis=options.emphasis
+        ),
         TaskRows(tokenizer, held_out, options.seed + 1, wide=options.wide),
     )
     run.loop()
