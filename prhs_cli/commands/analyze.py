@@ -26,7 +26,8 @@ def command(
         str | None,
         typer.Option(
             metavar="A,B,…",
-            help="Of oracle, prhs, streaming-llm, quest, h2o, snapkv; default the first four.",
+            help="Of oracle, prhs, streaming-llm, quest (these by default), h2o, snapkv, double-sparse, "
+            "hshare, tidal-decode, kascade, twilight.",
             show_default=False,
         ),
     ] = None,

@@ -58,6 +58,11 @@ SELECTORS = {
 OTHERS = {
     "h2o": Look("H2O", "#2a7f62", "v", (0, (5, 1))),
     "snapkv": Look("SnapKV", "#7a5195", "<", (0, (3, 1, 1, 1))),
+    "double-sparse": Look("DoubleSparse", "#4a90a4", ">", (0, (1, 1))),
+    "hshare": Look("HShare", "#8a5a2b", "p", (0, (5, 1, 1, 1, 1, 1))),
+    "tidal-decode": Look("TidalDecode", "#3b6fb5", "X", (0, (8, 2))),
+    "kascade": Look("Kascade", "#6b7a1f", "d", (0, (2, 1))),
+    "twilight": Look("Twilight", "#c2559d", "*", (0, (6, 1, 1, 1))),
 }
 EVERY = SELECTORS | OTHERS
 ORACLE_AT_PRHS = Look("oracle top-k at PrHS's sizes", "#000000", "o", (0, (1, 3)), filled=False, size=7)

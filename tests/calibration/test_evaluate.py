@@ -20,7 +20,8 @@ from prhs_calibration.evaluation import evaluate as library
 from prhs_calibration.evaluation.bootstrap import PairedBootstrap, average, interval
 from prhs_calibration.evaluation.closed_loop import match_dials, run_points
 from prhs_calibration.evaluation.evaluate import Plan, evaluate, open_store, outcome_of, steps_of
-from prhs_calibration.evaluation.points import Point, points
+from prhs_calibration.evaluation.fitting import fitted
+from prhs_calibration.evaluation.points import BASELINES, COMPARED, Point, points
 from prhs_calibration.evaluation.store import Store
 from prhs_calibration.evaluation.tasks import TASKS, Example
 from prhs_calibration.fingerprint import fingerprint_of
@@ -329,6 +330,31 @@ def test_dials_of_methods_whose_size_is_not_their_setting(loaded: LoadedModel) -
     assert np.mean(spent, axis=0) == pytest.approx([1, 0.2, 0.2, 0.2], rel=0.02)
     assert closed_loop.find_matches(model, None, names, (0.2,), some, store, "dials/x") == found
     assert len(asked) == 1
+
+
+def test_methods_are_fitted_to_the_model_on_the_fit_split(loaded: LoadedModel) -> None:
+    one, again, other = (fitted(loaded, COMPARED, context_length=200, seed=seed) for seed in (0, 0, 1))
+    orders = [methods["double-sparse"].order for methods in (one, again, other)]
+    assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
+    assert orders[0].shape == (LAYERS, KV_HEADS, 16) and one["kascade"] == again["kascade"]
+    assert one["kascade"].anchors[0] == 0 and len(one["kascade"].anchors) == 2
+    assert one["quest"] is BASELINES["quest"]
+    assert fitted(loaded, ("oracle", "prhs"), context_length=200, seed=0) is BASELINES
+
+
+def test_every_method_in_closed_loop(loaded: LoadedModel) -> None:
+    names = ("double-sparse", "hshare", "tidal-decode", "kascade", "twilight")
+    plan = Plan(("single_needle",), (300,), names, (1 / 4,), samples=1, published=True)
+    rows_of = {row["point"]: row for row in evaluate(loaded, None, plan, memory())["rows"]}
+    assert [row["selector"] for row in rows_of.values() if row["budget"]] == list(names)
+    for name in names:
+        assert rows_of[f"{name}@0.25"]["attended_fraction"] == pytest.approx(0.25, rel=0.05)
+    ratios = {name: rows_of[f"{name}@0.25"]["retrieval_ratio"] for name in names}
+    assert ratios == pytest.approx(
+        {"double-sparse": 1, "hshare": 1 / 8, "tidal-decode": 1, "kascade": 1 / 2, "twilight": 1}, abs=0.01
+    )
+    assert rows_of["hshare@128"]["effective_budget"] == pytest.approx(128.5, abs=0.51)
+    assert {"hshare@512", "twilight@p = 0.95", "kascade@10 % or 128"} <= rows_of.keys()
 
 
 def test_published_points(loaded: LoadedModel) -> None:

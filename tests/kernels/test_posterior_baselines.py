@@ -10,21 +10,30 @@ from typing import Any
 import pytest
 import torch
 
-from prhs_kernels.errors import UsageError
+from prhs_kernels.errors import InputError, UsageError
 from prhs_kernels.runtime.attach import dense_params, sparse_attention
 from prhs_kernels.runtime.scoring import Scorer
 from prhs_kernels.selectors.base import Choice
-from prhs_kernels.selectors.baselines import H2O, AtBudget, Baseline, DecodeRows, SnapKV
+from prhs_kernels.selectors.baselines import (
+    H2O,
+    AtBudget,
+    Baseline,
+    DecodeRows,
+    DoubleSparse,
+    HShare,
+    Kascade,
+    Quest,
+    SnapKV,
+    StreamingLLM,
+    TidalDecode,
+    Twilight,
+)
 from prhs_kernels.selectors.memory import Memory, PromptRows
 from prhs_kernels.testing.inputs import exact_model, random_tokens
 from prhs_kernels.testing.runs import VARIANTS, feed
 
 PROMPT, STEPS, LAYERS = 30, 12, 4
 HEADS, GROUP, DIM = 2, 2, 8
-METHODS: dict[str, Baseline] = {
-    "h2o": H2O(),
-    "snapkv": SnapKV(window=4, kernel=3),
-}
 
 
 @dataclasses.dataclass
@@ -159,7 +168,184 @@ def naive_snapkv(model: Model, size: int) -> Sets:
     return found
 
 
-NAIVE: dict[str, Callable[[Model, int], Sets]] = {"h2o": naive_h2o, "snapkv": naive_snapkv}
+def naive_double_sparse(model: Model, size: int) -> Sets:
+    """Labels are 2 of 8 channels, found on two other sequences."""
+    found: Sets = []
+    for layer in range(LAYERS):
+        found.append([])
+        for head in range(HEADS):
+            weight = dict.fromkeys(range(DIM), 0.0)
+            for other in FIT:
+                keys = other.keys[layer, head]
+                for position in range(PROMPT, PROMPT + STEPS):
+                    for query in other.query[layer, head * GROUP : (head + 1) * GROUP, position]:
+                        for c in range(DIM):
+                            weight[c] += float((query[c] * keys[: position + 1, c]).abs().mean())
+            labels = sorted(best(weight, 2))
+            steps = []
+            for position in range(PROMPT, PROMPT + STEPS):
+                seen = visible_at(model, position)
+                keys = model.keys[layer, head, seen][:, labels]
+                queries = model.query[layer, head * GROUP : (head + 1) * GROUP, position][:, labels]
+                mass = (queries @ keys.T).softmax(-1).mean(0).tolist()
+                steps.append(best(dict(zip(seen, mass, strict=True)), size))
+            found[-1].append(steps)
+    return found
+
+
+def naive_twilight(model: Model, size: int) -> Sets:
+    """p is 0.7; 4 bits are the whole numbers from -7 to 7, half to even."""
+    found: Sets = []
+    for layer in range(LAYERS):
+        found.append([])
+        for head in range(HEADS):
+            keys = model.keys[layer, head].float()
+            step_of = keys.abs().amax(-1, keepdim=True) / 7
+            rough = ((keys / step_of).round() * step_of).double()
+            steps = []
+            for position in range(PROMPT, PROMPT + STEPS):
+                seen = visible_at(model, position)
+                queries = model.query[layer, head * GROUP : (head + 1) * GROUP, position]
+                mass = (queries @ rough[seen].T).softmax(-1).mean(0).tolist()
+                kept: set[int] = set()
+                weight = dict(zip(seen, mass, strict=True))
+                for i in sorted(weight, key=lambda i: -weight[i])[:size]:
+                    if sum(weight[j] for j in kept) >= 0.7:
+                        break
+                    kept.add(i)
+                steps.append(kept)
+            found[-1].append(steps)
+    return found
+
+
+def naive_served() -> dict[tuple[int, int, int, int], float]:
+    """(anchor, layer, head, anchor's head) -> mean share of the best possible mass, on `FIT`."""
+    table: dict[tuple[int, int, int, int], list[float]] = {}
+    for model, position in itertools.product(FIT, range(PROMPT, PROMPT + STEPS)):
+        count = -(-(position + 1) // 10)
+        mass = {
+            (layer, head): dict(enumerate(group_mean(model.probs(layer), head)[position].float().tolist()))
+            for layer, head in itertools.product(range(LAYERS), range(HEADS))
+        }
+        for (layer, head), (anchor, other) in itertools.product(mass, mass):
+            own, lent = best(mass[layer, head], count), best(mass[anchor, other], count)
+            part = sum(mass[layer, head][i] for i in lent) / sum(mass[layer, head][i] for i in own)
+            table.setdefault((anchor, layer, head, other), []).append(part)
+    return {key: sum(parts) / len(parts) for key, parts in table.items()}
+
+
+def reuse(model: Model, size: int, anchors: set[int], heads: dict[tuple[int, int], int]) -> Sets:
+    found: Sets = []
+    for layer, head in itertools.product(range(LAYERS), range(HEADS)):
+        anchor = max(one for one in anchors if one <= layer)
+        mean = group_mean(model.probs(anchor), heads.get((layer, head), head)).float()
+        if not head:
+            found.append([])
+        steps = range(PROMPT, PROMPT + STEPS)
+        found[-1].append([best({i: float(mean[t, i]) for i in visible_at(model, t)}, size) for t in steps])
+    return found
+
+
+def naive_kascade(model: Model, size: int) -> Sets:
+    """Two anchors of four layers, by trying all pairs; a head takes the anchor's head that serves it best."""
+    served = naive_served()
+
+    def taken(anchor: int, layer: int, head: int) -> int:
+        return max(range(HEADS), key=lambda other: served[anchor, layer, head, other])
+
+    def score(second: int) -> float:
+        return sum(
+            served[anchor, layer, head, taken(anchor, layer, head)]
+            for layer, head in itertools.product(range(LAYERS), range(HEADS))
+            for anchor in [second if layer >= second else 0]
+        )
+
+    second = max(range(1, LAYERS), key=score)
+    heads = {
+        (layer, head): taken(second if layer >= second else 0, layer, head)
+        for layer, head in itertools.product(range(LAYERS), range(HEADS))
+        if layer not in (0, second)
+    }
+    return reuse(model, size, {0, second}, heads)
+
+
+def naive_tidal(model: Model, size: int) -> Sets:
+    """Layer 0 selects, and once more the layer for which the rest is served best, head by head."""
+    served = naive_served()
+
+    def score(again: int) -> float:
+        return sum(
+            served[again if layer >= again else 0, layer, head, head]
+            for layer, head in itertools.product(range(LAYERS), range(HEADS))
+        )
+
+    return reuse(model, size, {0, max(range(1, LAYERS), key=score)}, {})
+
+
+def naive_hshare(model: Model, size: int) -> Sets:
+    """Half of the layers and heads share, every other step."""
+    scale = min(size / 128, (size / 128) ** 0.5)
+    local = max(round(32 * scale), 1)
+    sinks = min(round(8 * scale), size - local)
+
+    def heavy(mean: torch.Tensor, position: int, count: int) -> set[int]:
+        middle = [i for i in visible_at(model, position) if sinks <= i <= position - local]
+        return best({i: float(mean[position, i]) for i in middle}, count)
+
+    def pairs(sets: list[Any], count: int) -> list[int]:
+        """The same rule with a list of pairs in the place of a matrix."""
+        left = [(i, j) for i in range(len(sets)) for j in range(i)]
+        source = list(range(len(sets)))
+        for _ in range(count):
+            common = {(i, j): sum(map(len, map(set.__and__, sets[i], sets[j]))) for i, j in left}
+            i, j = max(left, key=lambda pair: common[pair])
+            left = [pair for pair in left if i not in pair]
+            source = [j if one == i else one for one in source]
+        return source
+
+    probs = [model.probs(layer).float() for layer in range(LAYERS)]
+    means = [[group_mean(one, head) for head in range(HEADS)] for one in probs]
+    critical = [
+        [[heavy(mean, t, size - sinks - local) for t in range(PROMPT // 2, PROMPT)] for mean in of_layer]
+        for of_layer in means
+    ]
+    layers = pairs([[one for head in of_layer for one in head] for of_layer in critical], LAYERS // 2)
+    found: Sets = []
+    for layer in range(LAYERS):
+        source = layers[layer]
+        heads = pairs(critical[source], HEADS // 2)
+        found.append([])
+        for head in range(HEADS):
+            steps = []
+            for t in range(PROMPT, PROMPT + STEPS):
+                at = t - (t - PROMPT) % 2
+                always = [i for i in visible_at(model, at) if i < sinks or i > at - local]
+                kept = heavy(means[source][heads[head]], at, size - len(always)) | set(always)
+                steps.append((kept | set(range(at, t + 1))) & set(visible_at(model, t)))
+            found[-1].append(steps)
+    return found
+
+
+FIT = [Model.random(seed) for seed in (11, 12)]
+SAMPLES = [[one.rows(layer, 0, STEPS, Memory()) for layer in range(LAYERS)] for one in FIT]
+METHODS: dict[str, Baseline] = {
+    "h2o": H2O(),
+    "snapkv": SnapKV(window=4, kernel=3),
+    "double-sparse": DoubleSparse().fitted(SAMPLES),
+    "twilight": Twilight(p=0.7),
+    "kascade": Kascade().fitted(SAMPLES),
+    "tidal-decode": TidalDecode(full=0).fitted(SAMPLES),
+    "hshare": HShare(),
+}
+NAIVE: dict[str, Callable[[Model, int], Sets]] = {
+    "h2o": naive_h2o,
+    "snapkv": naive_snapkv,
+    "double-sparse": naive_double_sparse,
+    "twilight": naive_twilight,
+    "kascade": naive_kascade,
+    "tidal-decode": naive_tidal,
+    "hshare": naive_hshare,
+}
 
 
 @pytest.mark.parametrize("window", [None, 17])
@@ -218,6 +404,26 @@ class H2OWithResurrection(H2O):
         return choice
 
 
+class TwilightOnExactKeys(Twilight):
+    @staticmethod
+    def estimate(rows: DecodeRows) -> torch.Tensor:
+        return rows.group_mass
+
+
+class HShareWithFrozenWindow(HShare):
+    """Steps between retrievals do not see what came since."""
+
+    def select(self, rows: DecodeRows, size: torch.Tensor) -> Choice:
+        choice = super().select(rows, size)
+        shared = (rows.positions - PROMPT) % 2 == 1
+        newest = torch.arange(rows.keys.shape[1]) == rows.positions[:, None]
+        return dataclasses.replace(choice, kept=choice.kept & ~(newest & shared[:, None]))
+
+
+def fitted(name: str) -> Any:
+    return METHODS[name]
+
+
 class SnapKVWithoutPooling(SnapKV):
     def __init__(self) -> None:
         super().__init__(window=4, kernel=1)
@@ -231,6 +437,17 @@ class SnapKVWithoutPooling(SnapKV):
         ("h2o", H2O(local_share=0.1)),
         ("snapkv", SnapKVWithoutPooling()),
         ("snapkv", SnapKV(window=8, kernel=3)),
+        ("double-sparse", DoubleSparse().fitted([SAMPLES[0][::-1]])),
+        ("double-sparse", dataclasses.replace(fitted("double-sparse"), share=3 / 8)),
+        ("twilight", Twilight(p=0.72)),
+        ("twilight", TwilightOnExactKeys(p=0.7)),
+        ("kascade", dataclasses.replace(fitted("kascade"), heads=((0, 1),) * LAYERS)),
+        ("kascade", dataclasses.replace(fitted("kascade"), anchors=(0,))),
+        ("tidal-decode", dataclasses.replace(fitted("tidal-decode"), again=0)),
+        ("hshare", HShare(block=3)),
+        ("hshare", HShare(layer_share=0.25)),
+        ("hshare", HShare(head_share=0)),
+        ("hshare", HShareWithFrozenWindow()),
     ],
 )
 def test_a_broken_rule_is_noticed(name: str, broken: Baseline) -> None:
@@ -258,6 +475,78 @@ def test_bytes_of_methods_that_score_nothing() -> None:
                 assert kept.tolist() == [list(range(11, 11 + STEPS))] * HEADS
 
 
+def test_bytes_of_methods_that_score() -> None:
+    model, seen = Model.random(1), torch.arange(PROMPT + 1, PROMPT + STEPS + 1)
+    # 2 of 8 channels are a quarter of a row; 8 times 4 bits and a scale of 4 bytes half of one of 16 bits
+    for name, per_key in (("double-sparse", 0.25), ("twilight", 0.5)):
+        for choice in model.run(METHODS[name], 10):
+            assert torch.equal(choice.rows_read, 2 * choice.kept.sum(-1) + torch.ceil(seen * per_key).long())
+            assert choice.retrieved.all() and choice.contested.all()
+    for name in ("kascade", "tidal-decode"):
+        choices = model.run(METHODS[name], 10)
+        assert sorted(bool(choice.retrieved.any()) for choice in choices) == [False, False, True, True]
+        for choice in choices:
+            assert torch.equal(choice.rows_read, 20 + seen * choice.retrieved)
+
+
+def test_one_retrieval_of_hshare_in_eight() -> None:
+    choices = Model.random(1).run(METHODS["hshare"], 10)
+    retrieved = torch.stack([choice.retrieved for choice in choices])
+    assert float(retrieved.double().mean()) == 1 / 8
+    seen = torch.arange(PROMPT + 1, PROMPT + STEPS + 1)
+    for choice in choices:
+        assert torch.equal(choice.rows_read, 2 * choice.kept.sum(-1) + seen * choice.retrieved)
+        assert choice.kept.sum(-1).tolist() == [[10, 11] * (STEPS // 2)] * HEADS
+
+
+@pytest.mark.parametrize(("size", "parts"), [(128, (8, 88, 32)), (512, (16, 432, 64)), (1, (0, 0, 1))])
+def test_hshare_splits_both_published_budgets(size: int, parts: tuple[int, ...]) -> None:
+    assert tuple(int(part) for part in HShare.split(torch.tensor(size))) == parts
+
+
+def test_double_sparse_finds_planted_channels() -> None:
+    one = Model.random(0)
+    one.keys[:, 0, :, 5] *= 30
+    one.keys[:, 1, :, 2] *= 30
+    order = DoubleSparse().fitted([[one.rows(layer, 0, STEPS, Memory()) for layer in range(LAYERS)]]).order
+    assert order is not None and order[:, :, 0].tolist() == [[5, 2]] * LAYERS
+
+
+def test_layers_that_a_publication_exempts() -> None:
+    """Quest's first two layers are dense; TidalDecode's selecting layers attend to everything and score."""
+    model, memory = Model.random(2), Memory()
+    tidal = dataclasses.replace(fitted("tidal-decode"), full=1, again=3)
+    for method, dense, full in ((Quest(), (0, 1), ()), (tidal, (0,), (1, 3)), (fitted("kascade"), (), (0,))):
+        (own,) = method.published
+        assert own.dense_layers == dense and own.full_layers == full
+        for layer in range(LAYERS):
+            rows = model.rows(layer, 0, STEPS, memory)
+            choice = dataclasses.replace(own, tokens=8, fraction=0).choose(rows)
+            whole = layer in (*dense, *full)
+            assert bool((choice.kept == rows.visible).all()) == whole
+            if whole:
+                assert torch.equal(choice.rows_read, 2 * rows.num_visible.expand(HEADS, -1))
+            if layer in dense:
+                assert not choice.contested.any() and not choice.retrieved.any()
+            elif layer in full:
+                assert choice.contested.all() and choice.retrieved.all()
+
+
+@pytest.mark.parametrize("method", [DoubleSparse(), TidalDecode(), Kascade()])
+def test_what_was_not_fitted_says_so(method: Baseline) -> None:
+    rows = Model.random().rows(0, 0, STEPS, Memory())
+    with pytest.raises(InputError, match=f"{method.name}: .*; fit it first"):
+        method.select(rows, torch.ones(HEADS, STEPS, dtype=torch.long))
+    with pytest.raises(InputError, match=f"{method.name}: no prompts"):
+        method.fitted([])
+
+
+def test_what_is_asked_for_in_words() -> None:
+    methods = [StreamingLLM(), H2O(), DoubleSparse(), Kascade(), Twilight()]
+    words = [[str(own) for own in method.published] for method in methods]
+    assert words == [["1024"], ["20 %"], ["1/16, 1/16 of d"], ["10 % or 128"], ["p = 0.85", "p = 0.95"]]
+
+
 # --- in a model ---
 
 
@@ -267,7 +556,7 @@ def test_one_pass_equals_step_by_step(variant: str, name: str) -> None:
     model_type, settings = VARIANTS[variant]
     model = exact_model(model_type, **settings)
     tokens, prefill = random_tokens(60, seed=5), 44
-    selector = AtBudget(METHODS[name], 0.3)
+    selector = METHODS[name].at(0.5 if name == "twilight" else 0.3)
     dense = dense_params(model.config)
     result = Scorer(model, tokens, prefill, keep_queries=True).run(dense, None, selector)
     with sparse_attention(model, dense, selector=selector) as cache:

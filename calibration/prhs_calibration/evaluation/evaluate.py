@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,11 +16,13 @@ from prhs_calibration.evaluation import closed_loop, lm_harness, points, rows
 from prhs_calibration.evaluation.bootstrap import RESAMPLES, PairedBootstrap
 from prhs_calibration.evaluation.closed_loop import Steps
 from prhs_calibration.evaluation.comparison import BUDGETS
+from prhs_calibration.evaluation.fitting import fitted
 from prhs_calibration.evaluation.points import DEFAULTS, DENSE, PREHOC, Matches, Point
 from prhs_calibration.evaluation.store import Store
 from prhs_calibration.evaluation.tasks import TASKS, Example
 from prhs_kernels.errors import UsageError
 from prhs_kernels.runtime.scoring import ScoringResult
+from prhs_kernels.selectors.baselines import Baseline
 
 if TYPE_CHECKING:
     from prhs_calibration.bundle import Bundle
@@ -151,8 +153,10 @@ def evaluate(
         bundle.check_model(loaded.fingerprint, loaded.weights_hash)
     report = lm_harness.aloud(progress or (lambda stage, done, total: None))
     public = lm_harness.load(loaded, plan, report)  # first: what cannot be had shall not cost hours
+    longest = max(plan.lengths, default=loaded.context_length)
+    methods = fitted(loaded, plan.selectors, context_length=longest, seed=plan.seed, progress=report)
     with store.saving():
-        matches = _match(loaded, bundle, plan, store, report)
+        matches = _match(loaded, bundle, plan, methods, store, report)
         table: list[dict[str, Any]] = []
         samples: dict[str, Any] = {}
         for number, (task, length) in enumerate(plan.cells):
@@ -164,6 +168,7 @@ def evaluate(
                 matches[number],
                 plan.delta,
                 published=plan.published,
+                methods=methods,
             )
             outcomes = _outcomes(loaded, plan, store, task, length, run, report)
             bootstrap = PairedBootstrap(plan.samples, seed=(plan.seed, zlib.crc32(task.encode()), length))
@@ -171,7 +176,7 @@ def evaluate(
             for row, figures in cell.rows(run, outcomes):
                 table.append(row)
                 samples[f"{task}/{length}/{row['point']}"] = figures
-        table += lm_harness.evaluate(loaded, bundle, plan, public, store, report)
+        table += lm_harness.evaluate(loaded, bundle, plan, public, methods, store, report)
     return {
         "loop": "closed; every scored token is a decode step, teacher forced in the built-in tasks",
         "interval": f"paired percentile bootstrap over examples, {plan.confidence:g}, {RESAMPLES} resamples; "
@@ -198,7 +203,12 @@ def steps_of(example: Example) -> Steps:
 
 
 def _match(
-    loaded: LoadedModel, bundle: Bundle | None, plan: Plan, store: Store, report: Progress
+    loaded: LoadedModel,
+    bundle: Bundle | None,
+    plan: Plan,
+    methods: Mapping[str, Baseline],
+    store: Store,
+    report: Progress,
 ) -> list[Matches]:
     """For every cell the dials that spend the budgets."""
     if not plan.budgets or not (plan.needs_bundle or points.searched(plan.selectors)):
@@ -214,7 +224,9 @@ def _match(
         name = "dials/{}/{}".format(*cell)
         some = functools.partial(prompts, *cell)
         found.append(
-            closed_loop.find_matches(loaded.model, bundle, plan.selectors, plan.budgets, some, store, name)
+            closed_loop.find_matches(
+                loaded.model, bundle, plan.selectors, plan.budgets, some, store, name, methods
+            )
         )
     report("matching budgets", len(plan.cells), len(plan.cells))
     return found

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from prhs_calibration.evaluation.tasks import TASKS
 from prhs_calibration.files import one_line
 from prhs_kernels.errors import InputError, PrhsError, UsageError
 from prhs_kernels.runtime.stats import DecodeStats
+from prhs_kernels.selectors.baselines import Baseline
 
 if TYPE_CHECKING:
     from prhs_calibration.bundle import Bundle
@@ -69,6 +70,7 @@ def evaluate(
     bundle: Bundle | None,
     plan: Plan,
     benchmarks: Benchmarks,
+    methods: Mapping[str, Baseline],
     store: Store,
     report: Progress,
 ) -> list[dict[str, Any]]:
@@ -85,7 +87,7 @@ def evaluate(
     if not benchmarks.tasks:
         return []
     runs: dict[str, list[Run]] = {name: [] for name in benchmarks.names}
-    for by_task in _points(loaded, bundle, plan, benchmarks, store, report):
+    for by_task in _points(loaded, bundle, plan, benchmarks, methods, store, report):
         model = PrhsLM(loaded, by_task, store=store, seed=plan.seed, report=report)
         result = _simple_evaluate(model, benchmarks, plan.samples, plan.seed)
         for name, point in by_task.items():
@@ -144,6 +146,7 @@ def _points(
     bundle: Bundle | None,
     plan: Plan,
     benchmarks: Benchmarks,
+    methods: Mapping[str, Baseline],
     store: Store,
     report: Progress,
 ) -> list[dict[str, Point]]:
@@ -160,6 +163,7 @@ def _points(
             functools.partial(lambda task: contexts()[task], name),
             store,
             f"dials/{name}",
+            methods,
         )
         found.append(
             points.points(
@@ -170,6 +174,7 @@ def _points(
                 matches,
                 plan.delta,
                 published=plan.published,
+                methods=methods,
             )
         )
     report("matching benchmarks", len(found), len(found))

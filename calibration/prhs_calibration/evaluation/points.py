@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING
 from prhs_kernels.errors import UsageError
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import dense_params
-from prhs_kernels.selectors.baselines import H2O, AtBudget, Baseline, OracleTopK, Quest, SnapKV, StreamingLLM
+from prhs_kernels.selectors.baselines import (
+    H2O,
+    AtBudget,
+    Baseline,
+    DoubleSparse,
+    HShare,
+    Kascade,
+    OracleTopK,
+    Quest,
+    SnapKV,
+    StreamingLLM,
+    TidalDecode,
+    Twilight,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -20,7 +33,18 @@ if TYPE_CHECKING:
 DENSE = "dense"
 PREHOC = "prhs"
 ORACLE = OracleTopK()
-_METHODS: tuple[Baseline, ...] = (ORACLE, StreamingLLM(), Quest(), H2O(), SnapKV())
+_METHODS: tuple[Baseline, ...] = (
+    ORACLE,
+    StreamingLLM(),
+    Quest(),
+    H2O(),
+    SnapKV(),
+    DoubleSparse(),
+    HShare(),
+    TidalDecode(),
+    Kascade(),
+    Twilight(),
+)
 BASELINES: Mapping[str, Baseline] = {method.name: method for method in _METHODS}
 COMPARED = (ORACLE.name, PREHOC, *(name for name in BASELINES if name != ORACLE.name))
 SELECTORS = (DENSE, *COMPARED)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prhs_calibration.evaluation.comparison import BUDGETS, Progress, Settings, compare
-from prhs_calibration.evaluation.points import BASELINES, DEFAULTS
+from prhs_calibration.evaluation.points import DEFAULTS
 from prhs_kernels.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def analyze(
         UsageError: unknown selector, or a budget outside (0, 1). InputError: the bundle is another model's.
     """
     from prhs_calibration import corpus
+    from prhs_calibration.evaluation.fitting import fitted
     from prhs_kernels.runtime.attach import dense_params
     from prhs_kernels.runtime.scoring import Scorer
 
@@ -61,13 +62,13 @@ def analyze(
         loaded.tokenizer, count=num_prompts, context_length=length, seed=seed, split="verify", sources=None
     )
     dense = dense_params(loaded.model.config)
-    asked = [BASELINES[name] for name in settings.selectors if name in BASELINES]
-    keep_queries = any(method.reads_prompt for method in asked)
+    methods = fitted(loaded, settings.selectors, context_length=length, seed=seed, progress=progress)
+    keep_queries = any(methods[name].reads_prompt for name in settings.selectors if name in methods)
 
     def replay(prompt: Prompt, observer: Callable[[LayerObservation], None]) -> None:
         ids, prefill = prompt.input_ids, prompt.prefill_length
         Scorer(loaded.model, ids, prefill, keep_queries=keep_queries).run(dense, observer)
 
     lowest = float(bundle.tensors["time/lambda"][0])
-    result = compare(prompts, replay, bundle.params_at, lowest, settings, progress=progress)
+    result = compare(prompts, replay, bundle.params_at, lowest, settings, methods=methods, progress=progress)
     return result | {"model": loaded.model_id, "seed": seed, "context_length": length}

@@ -38,11 +38,15 @@ class PromptRows:
         positions: `[rows]` int64. Returns `[num_kv_heads, rows, length]` in fp32 or wider.
         """
         scores = grouped_scores(self.query[None, :, positions], self.keys[None], self.scale)[0]
+        return scores.masked_fill(~self.visible(positions), -torch.inf).softmax(-1).mean(1)
+
+    def visible(self, positions: torch.Tensor) -> torch.Tensor:
+        """What dense attention of some prompt rows covers, `[rows, length]` bool."""
         key = torch.arange(self.length, device=positions.device)
-        hidden = key > positions[:, None]
-        if self.sliding_window is not None:
-            hidden = hidden | (key <= positions[:, None] - self.sliding_window)
-        return scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
+        seen = key <= positions[:, None]
+        return (
+            seen if self.sliding_window is None else seen & (key > positions[:, None] - self.sliding_window)
+        )
 
     @functools.cached_property
     def received(self) -> torch.Tensor:

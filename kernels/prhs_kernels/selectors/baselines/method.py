@@ -18,12 +18,14 @@ class Baseline(abc.ABC):
     """A method and its configuration: a frozen dataclass, one per file, the publication in its docstring.
 
     name: in results and plots. exact: the size it is asked for is the size it keeps; where it is not, an
-    equal budget has to be searched with `at`. reads_prompt: it needs the prompt's queries.
+    equal budget has to be searched with `at`. reads_prompt: it needs the prompt's queries. needs_fit: it has
+    to be `fitted` to a model first.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool] = True
     reads_prompt: ClassVar[bool] = False
+    needs_fit: ClassVar[bool] = False
 
     @abc.abstractmethod
     def select(self, rows: DecodeRows, size: torch.Tensor) -> Choice:
@@ -58,7 +60,8 @@ class AtBudget:
     method: Baseline
     fraction: float = 0.0  # of the visible positions
     tokens: int = 0  # positions; the larger of the two counts
-    dense_layers: tuple[int, ...] = ()  # layers that the publication exempts; what they choose is still noted
+    dense_layers: tuple[int, ...] = ()  # that the publication exempts
+    full_layers: tuple[int, ...] = ()  # that attend to everything and choose for others
     label: str = ""  # what is asked for, where it is neither
 
     def __post_init__(self) -> None:
@@ -67,8 +70,13 @@ class AtBudget:
 
     def choose(self, rows: DecodeRows) -> Choice:
         """Sets of a run of steps; see `prhs_kernels.selectors.base.StepSelector`."""
+        if rows.layer in self.dense_layers:
+            return everything(rows)
         choice = self.method.select(rows, self._size(rows))
-        return everything(rows) if rows.layer in self.dense_layers else choice
+        if rows.layer in self.full_layers:
+            whole = everything(rows)
+            return dataclasses.replace(choice, kept=whole.kept, rows_read=whole.rows_read)
+        return choice
 
     def _size(self, rows: DecodeRows) -> torch.Tensor:
         if not self.fraction:
