@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import typer
+
+from prhs_cli import options
 from prhs_cli.errors import Interrupted
 from prhs_cli.output import Output, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from prhs_calibration.operating_point import OperatingPoint
     from prhs_kernels.bench.session import Record
 
+Number = TypeVar("Number", int, float)
 CONTEXT = 32768
+APPLIES = {
+    "operator": ("kept", "retrieval", "bundle", "tune"),
+    "decode": ("kept", "retrieval", "bundle"),
+    "prefill": ("fractions",),
+}
+Derive = Callable[["list[Record]", str], "list[Record]"]
 DEFAULT_GRID = {"shapes": ("llama-3-8b",), "batches": (8,), "contexts": (CONTEXT,), "kept": (1024,)}
 
 
@@ -28,22 +41,32 @@ class Request:
     batches: tuple[int, ...] | None = None
     contexts: tuple[int, ...] | None = None
     kept: tuple[float, ...] | None = None
-    ratios: tuple[float, ...] | None = None
+    retrieval: tuple[float, ...] | None = None
+    fractions: tuple[float, ...] | None = None
     bundle: Path | None = None
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tune: bool = False
+
+    def __post_init__(self) -> None:
+        from prhs_kernels.errors import UsageError
+
+        for name in ("kept", "retrieval", "fractions", "bundle", "tune"):
+            if getattr(self, name) and name not in APPLIES[self.what]:
+                raise UsageError(f"--{name} has no meaning in prhs bench {self.what}")
 
     @property
     def module(self) -> ModuleType:
-        """The benchmark: `Plan`, `measure`, `cost`, `tables`, `default_points`, `toy_points`."""
+        """The benchmark: `Plan`, `measure`, `derive`, `tables`, `cost`, default and toy points."""
         import importlib
 
         return importlib.import_module(f"prhs_kernels.bench.{self.what}")
 
     def plan(self, toy: bool) -> Any:
         """Points of the grid with the ratios; UsageError or InputError for what cannot be meant."""
-        kept, ratios = self.kept, self.ratios or self.module.RATIOS
+        prefill = self.what == "prefill"
+        kept, ratios = self.kept, self.fractions if prefill else self.retrieval
         if self.bundle is not None:
-            kept, ratios = self._calibrated(max(self.contexts or (CONTEXT,)))
+            found = self._calibrated()
+            kept, ratios = kept or (found.kept,), ratios or (found.retrieval_ratio,)
         asked: dict[str, Any] = {
             "shapes": self.shapes, "batches": self.batches, "contexts": self.contexts, "kept": kept
         }  # fmt: skip
@@ -53,19 +76,19 @@ class Request:
         elif given:
             from prhs_kernels.bench import shapes
 
-            grid: dict[str, Any] = DEFAULT_GRID | given
+            grid: dict[str, Any] = DEFAULT_GRID | ({"kept": (0.5,)} if prefill else {}) | given
             points = shapes.grid(**grid)
         else:
             points = self.module.default_points()
-        return self.module.Plan(points, tuple(ratios), **self.options)
+        more = {"tune": True} if self.tune else {}
+        return self.module.Plan(points, tuple(ratios or self.module.RATIOS), **more)
 
-    def _calibrated(self, context: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def _calibrated(self) -> OperatingPoint:
         from prhs_calibration.bundle import Bundle
         from prhs_calibration.operating_point import operating_point
 
         assert self.bundle is not None
-        found = operating_point(Bundle.load(self.bundle), context)
-        return self.kept or (found.kept,), self.ratios or (found.retrieval_ratio,)
+        return operating_point(Bundle.load(self.bundle), max(self.contexts or (CONTEXT,)))
 
 
 def estimate(request: Request, dtype: str) -> tuple[dict[str, Any], list[RenderableType | str]]:
@@ -92,7 +115,7 @@ def run(
         )
     plan = request.plan(toy=place == "cpu")
     facts = {"device": device_name(place), "dtype": str(number).removeprefix("torch.")}
-    result = File.open(out, output, kind, plan, facts)
+    result = File.open(out, output, kind, plan, facts, request.module.derive)
     session = Session(result.rows, result.write, seconds=seconds)
     try:
         with out.progress() as session.progress:
@@ -109,11 +132,16 @@ def run(
 class File:
     """A result file that is whole after every row, and that a later run of the same conditions continues."""
 
-    def __init__(self, path: Path, kind: str, conditions: dict[str, Any], rows: list[Record]) -> None:
+    def __init__(
+        self, path: Path, kind: str, conditions: dict[str, Any], rows: list[Record], derive: Derive
+    ) -> None:
         self.path, self.kind, self.conditions, self.rows = path, kind, conditions, rows
+        self.derive = derive
 
     @classmethod
-    def open(cls, out: Output, asked: Path | None, kind: str, plan: Any, facts: dict[str, Any]) -> File:
+    def open(
+        cls, out: Output, asked: Path | None, kind: str, plan: Any, facts: dict[str, Any], derive: Derive
+    ) -> File:
         """The asked file, else this user's newest unfinished one of these conditions, else a new one."""
         from prhs_calibration import results
         from prhs_kernels.bench.session import source_hash
@@ -132,14 +160,13 @@ class File:
                 out.note(f"continuing {found}: {len(rows)} rows are done")
             elif asked is not None and different:
                 out.note(f"{asked} was measured under another {different}: starting anew")
-        return cls(results.output_path(asked, kind), kind, conditions, rows)
+        return cls(results.output_path(asked, kind), kind, conditions, rows, derive)
 
     def write(self, rows: list[Record], complete: bool = False) -> dict[str, Any]:
         """Write all rows with what follows from them; return the content of the file."""
         from prhs_calibration import results
-        from prhs_kernels.bench.report import derive
 
-        data = {"complete": complete, "rows": derive(rows, self.conditions["device"])}
+        data = {"complete": complete, "rows": self.derive(rows, self.conditions["device"])}
         results.write_result(self.path, self.kind, self.conditions, data)
         return results.envelope(self.kind, self.conditions, data)
 
@@ -175,3 +202,25 @@ def _plain(plan: Any) -> Any:
     from prhs_calibration import results
 
     return json.loads(results.to_json(dataclasses.asdict(plan)))
+
+
+def fraction(text: str) -> float:
+    """A number from 0 on, also as 1/8."""
+    value = float(Fraction(text))
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def numbers(
+    text: str | None, read: Callable[[str], Number], option: str, example: str
+) -> tuple[Number, ...] | None:
+    """The parts of a comma-separated option; one line for what is no such list."""
+    if text is None:
+        return None
+    try:
+        return tuple(read(part) for part in options.split_list(text))
+    except (ValueError, ZeroDivisionError):
+        raise typer.BadParameter(
+            f"{text!r} is not a list of numbers such as {example}", param_hint=option
+        ) from None

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 
 from prhs_cli import benchmarks, errors, options
 from prhs_cli.output import Output
 
-Number = TypeVar("Number", int, float)
-
 EPILOG = """\b
 Examples:
   prhs bench operator                                one layer: kernels, dense rivals, sparse peers
   prhs bench operator --shape llama-2-7b --batch 16 --context 2048,8192 --kept 1/8 --retrieval 0,1/16,1
   prhs bench decode --shape llama-3-8b --batch 16 --context 32768 --kept 1024     whole decode steps
+  prhs bench prefill --context 8192,32768 --fractions 0.5     PSAW's window, ETF's frozen tokens
   prhs bench operator --dry-run                      cost in time and memory
   TRITON_INTERPRET=1 prhs bench operator             a trial at toy size without a GPU
 Shapes: llama-2-7b, llama-3-8b, llama-3-70b-tp8, mistral-7b, qwen2.5-7b, qwen3-8b; weights are random.
@@ -27,7 +24,7 @@ Exit code 1: a kernel gave a wrong result (it is not timed then)."""
 
 def command(
     what: Annotated[
-        Literal["operator", "decode"], typer.Argument(help="What to measure.", show_default=False)
+        Literal["operator", "decode", "prefill"], typer.Argument(help="What to measure.", show_default=False)
     ],
     shape: Annotated[
         str | None, typer.Option("--shape", metavar="A,B,…", help="Model shapes.", show_default=False)
@@ -54,6 +51,15 @@ def command(
             "--retrieval",
             metavar="X,Y,…",
             help="Retrieval ratios ρ: fraction of KV heads that choose anew in a step.",
+            show_default=False,
+        ),
+    ] = None,
+    fractions: Annotated[
+        str | None,
+        typer.Option(
+            "--fractions",
+            metavar="X,Y,…",
+            help="Prefill: part of the prompt that the last layer drops.",
             show_default=False,
         ),
     ] = None,
@@ -92,13 +98,14 @@ def command(
     out = Output(as_json=as_json, quiet=quiet)
     request = benchmarks.Request(
         what,
-        tuple(options.split_list(shape)) if shape else None,
-        _numbers(batch, int, "--batch", "1,8,16"),
-        _numbers(context, int, "--context", "4096,32768"),
-        _numbers(kept, _fraction, "--kept", "1024,1/8"),
-        _numbers(retrieval, _fraction, "--retrieval", "0,1/16,1"),
-        bundle,
-        {"tune": True} if tune else {},
+        shapes=tuple(options.split_list(shape)) if shape else None,
+        batches=benchmarks.numbers(batch, int, "--batch", "1,8,16"),
+        contexts=benchmarks.numbers(context, int, "--context", "4096,32768"),
+        kept=benchmarks.numbers(kept, benchmarks.fraction, "--kept", "1024,1/8"),
+        retrieval=benchmarks.numbers(retrieval, benchmarks.fraction, "--retrieval", "0,1/16,1"),
+        fractions=benchmarks.numbers(fractions, benchmarks.fraction, "--fractions", "0.25,1/2"),
+        bundle=bundle,
+        tune=tune,
     )
     if dry_run:
         cost, parts = benchmarks.estimate(request, dtype)
@@ -107,23 +114,3 @@ def command(
     out.result(result, *benchmarks.rendered(request, result), f"wrote {path}")
     if benchmarks.wrong(result):
         raise typer.Exit(errors.VIOLATED)
-
-
-def _fraction(text: str) -> float:
-    value = float(Fraction(text))
-    if value < 0:
-        raise ValueError
-    return value
-
-
-def _numbers(
-    text: str | None, read: Callable[[str], Number], option: str, example: str
-) -> tuple[Number, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(read(part) for part in options.split_list(text))
-    except (ValueError, ZeroDivisionError):
-        raise typer.BadParameter(
-            f"{text!r} is not a list of numbers such as {example}", param_hint=option
-        ) from None

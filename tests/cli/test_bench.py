@@ -26,7 +26,7 @@ class Benchmark:
     RATIOS, Plan = operator.RATIOS, operator.Plan
 
     def __init__(self) -> None:
-        self.tables, self.cost = operator.tables, operator.cost
+        self.tables, self.cost, self.derive = operator.tables, operator.cost, operator.derive
         self.default_points, self.toy_points = operator.default_points, operator.toy_points
         self.measured: list[str] = []
         self.stop: Callable[[], bool] = lambda: False
@@ -143,6 +143,7 @@ def test_dry_run(prhs: Prhs, monkeypatch: pytest.MonkeyPatch, own_data_folder: P
         (["--kept", "1/0"], 2, "not a list of numbers"),
         (["--batch", "8,many"], 2, "such as 1,8,16"),
         (["--retrieval", "2"], 2, "not between 0 and 1"),
+        (["--fractions", "0.5"], 2, "no meaning in prhs bench operator"),
         (["--retrieval", "-1"], 2, "such as 0,1/16,1"),
         (["--dtype", "int3"], 2, "not one of auto"),
         (["--bundle", "/absent.safetensors"], 3, "/absent.safetensors"),
@@ -232,3 +233,19 @@ def test_decode_at_toy_size(tmp_path: Path) -> None:
     # half of the units scan all keys, which are half of the bytes
     read = half["values"]["kv_read_bytes"] / dense["values"]["kv_read_bytes"]
     assert kept + 0.2 < read < kept + 0.3
+
+
+@needs_triton
+def test_prefill_at_toy_size(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    done = toy_run("prefill", path, "--fractions", "1/2")
+    assert "whole model" in done.stdout and "attention of one layer" in done.stdout
+    data = stored(path)["data"]
+    rows = {(each["case"], each["fraction"]): each for each in data["rows"]}
+    assert len(rows) == 6 and all(each["status"] == "ok" and each["timing"] for each in rows.values())
+    assert rows["window_prefill", 0.5]["flops_saved"] > 0.4
+    # one of two layers computes the later half of the prompt: half of its tokens, 3/4 of its pairs
+    assert 1 / 8 < rows["ETF", 0.5]["all_flops_saved"] < 1 / 4
+    assert rows["full", 0]["all_flops_saved"] == 0
+    assert rows["full", 0]["over_full"] == 1
+    assert toy_run("prefill", path, "--fractions", "1/2") and stored(path)["data"] == data

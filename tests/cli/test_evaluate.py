@@ -237,7 +237,7 @@ def test_a_single_item_has_no_bars(result: Path) -> None:
 
 
 def test_commands_of_the_reproduction_page_are_ones_that_exist() -> None:
-    """Parsed, not run; one of the benchmarks is said there not to exist yet."""
+    """Parsed, not run."""
     import typer
 
     from prhs_calibration.evaluation.evaluate import Plan
@@ -250,8 +250,6 @@ def test_commands_of_the_reproduction_page_are_ones_that_exist() -> None:
     found = [line.split()[1:] for line in lines if line.startswith("prhs ")]
     assert len(found) >= 8
     for verb, *arguments in found:
-        if verb == "bench" and arguments[0] == "prefill":
-            continue
         context = verbs[verb].make_context(verb, list(arguments))
         if verb == "evaluate":
             Plan((), (), samples=context.params["samples"])

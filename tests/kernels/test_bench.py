@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -19,7 +20,7 @@ from prhs_kernels.bench.dense_cases import AS_GPT_FAST
 from prhs_kernels.bench.operator import Plan, cost, default_points
 from prhs_kernels.bench.retrieval_cases import spread
 from prhs_kernels.bench.session import Session, choose_device, choose_dtype
-from prhs_kernels.bench.shapes import SHAPES, grid
+from prhs_kernels.bench.shapes import SHAPES, TOY, ModelShape, Point, grid
 from prhs_kernels.bench.timing import Timing, copies_for
 from prhs_kernels.errors import ResourceError, UsageError
 
@@ -304,7 +305,6 @@ def test_a_wrong_decode_step_is_never_timed() -> None:
 def test_random_models_have_the_size_of_their_shape() -> None:
     from prhs_kernels.bench.decode_cases import sparse_params
     from prhs_kernels.bench.models import random_model
-    from prhs_kernels.bench.shapes import ModelShape
 
     for family in ("llama", "mistral", "qwen2", "qwen3"):
         shape = ModelShape("tiny", family, 3, 8, 2, 64, 96, 112, 50)
@@ -314,3 +314,45 @@ def test_random_models_have_the_size_of_their_shape() -> None:
         assert shape.parameters_read == matrices - 50 * 96
         time = sparse_params(model, 60, 0.5).time
         assert time is not None and int((time.gate == 0).sum()) == 3  # half of 3 layers x 2 KV heads
+
+
+def test_flops_of_a_prefill_with_dropped_tokens() -> None:
+    """Against a count of every pair and every token, layer by layer."""
+    from prhs_kernels.bench.prefill_model import cases
+
+    shape = ModelShape("tiny", "llama", 4, 4, 2, 8, 24, 40, 50)
+    full, psaw, etf = cases(Point(shape, 3, 100, 0), (0.5,))
+    weights = (full.flops - full.attention_flops) / (2 * 3 * 100)
+    assert weights == shape.num_parameters - 2 * 50 * 24
+    assert full.attention_flops == 3 * 4 * (4 * 4 * 8 * 100 * 101 // 2)
+    for case in (psaw, etf):
+        params = case.params(shape)
+        pairs = tokens = 0
+        for layer in range(4):
+            frozen = params.frozen_prefix(layer, 100)
+            begin = params.window_start(layer, torch.arange(100)).tolist()
+            tokens += 100 - frozen
+            pairs += sum(
+                1 for t in range(frozen, 100) for i in range(t + 1) if i < 4 or i >= begin[t] or i > t - 32
+            )
+        assert case.attention_flops == 3 * 4 * 4 * 8 * pairs
+        assert case.flops == case.attention_flops + 2 * 3 * tokens * weights
+    assert etf.params(shape).frozen_prefix(3, 100) == 50  # the fraction asked for, in the last layer
+    assert psaw.params(shape).window_start(3, torch.tensor(100)) == 50
+
+
+def test_a_wrong_prefill_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose window is not the one that was asked for."""
+    from prhs_kernels.bench import prefill_model
+
+    case = prefill_model.cases(Point(TOY, 1, 80, 0), (0.5,))[1]
+    assert prefill_model.run(case, "cpu", torch.float32)["timing"]
+    right, seen = prefill_model.prefill, []
+
+    def wrong(model: Any, params: Any, ids: torch.Tensor) -> torch.Tensor:
+        seen.append(ids)
+        return right(model, dataclasses.replace(params, depth=None) if len(seen) == 1 else params, ids)
+
+    monkeypatch.setattr(prefill_model, "prefill", wrong)
+    row = prefill_model.run(case, "cpu", torch.float32)
+    assert row["timing"] is None and row["error"].startswith("wrong result, not timed: logits: error")

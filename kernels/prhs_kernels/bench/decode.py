@@ -17,7 +17,7 @@ from prhs_kernels.bench.report import Table, derive, fastest_dense, notes, place
 from prhs_kernels.bench.session import Record, Session, free_bytes
 from prhs_kernels.bench.shapes import TOY, Point, check_ratios, find
 
-__all__ = ["RATIOS", "Plan", "cost", "default_points", "measure", "tables", "toy_points"]
+__all__ = ["RATIOS", "Plan", "cost", "default_points", "derive", "measure", "tables", "toy_points"]
 
 RATIOS = (0.0, 1 / 16, 1 / 8)
 

@@ -12,12 +12,12 @@ import torch
 from prhs_kernels.bench import timing
 from prhs_kernels.bench.cases import Case, Inputs, Problem, Row, run, sparse_cases
 from prhs_kernels.bench.dense_cases import dense_cases, slow_to_start_cases
-from prhs_kernels.bench.report import tables
+from prhs_kernels.bench.report import derive, tables
 from prhs_kernels.bench.retrieval_cases import layer_cases, stage_cases, tuning_cases
 from prhs_kernels.bench.session import Record, Session, free_bytes
 from prhs_kernels.bench.shapes import TOY, Point, check_ratios, find
 
-__all__ = ["RATIOS", "Plan", "cost", "default_points", "measure", "tables", "toy_points"]
+__all__ = ["RATIOS", "Plan", "cost", "default_points", "derive", "measure", "tables", "toy_points"]
 
 RATIOS = (0.0, 1 / 16, 1 / 8, 1.0)  # of the rows that retrieve
 CASE_SECONDS, SLOW_SECONDS = 1.5, 20.0  # to compile and check a case; one that torch compiles

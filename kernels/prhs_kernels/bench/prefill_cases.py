@@ -52,44 +52,54 @@ PROBLEMS = [PrefillProblem("llama-3-8b", 1, tokens, 32, 8) for tokens in (8192, 
 TOY_PROBLEMS = [PrefillProblem("toy", 1, 200, 4, 2, 64)]
 
 
-def visible_pairs(tokens: int, fraction: float, num_sinks: int, num_local: int) -> int:
-    """Pairs of query and key of an unpadded prompt that the window leaves."""
-    position = torch.arange(tokens)
+def visible_pairs(tokens: int, fraction: float, num_sinks: int, num_local: int, first: int = 0) -> int:
+    """Pairs of query and key of an unpadded prompt that the window leaves; queries from `first` on."""
+    position = torch.arange(first, tokens)
     start = (position.double() * fraction).floor().long().minimum(position - num_local + 1).clamp(min=0)
     return int((position + 1 - start + start.clamp(max=num_sinks)).sum())
 
 
 def prefill_rows(
-    problem: PrefillProblem, device: str, dtype: torch.dtype, fractions: Sequence[float] = FRACTIONS
+    problem: PrefillProblem,
+    device: str,
+    dtype: torch.dtype,
+    fractions: Sequence[float] = FRACTIONS,
+    skip: Callable[[str], bool] = lambda key: False,
 ) -> Iterator[dict[str, Any]]:
     """A row of plain JSON per case, `key` identifying it; one that fails becomes a row with its error.
 
     Full causal attention by torch's backends first, then for every fraction our kernel and FlexAttention.
-    `over_flash`: time of torch's flash backend (full causal) over the time of the case.
+    `over_flash`: time of torch's flash backend (full causal) over the time of the case. A case for whose key
+    `skip` is true does not run.
     """
+    left = [case for case in _cases(problem, device, fractions) if not skip(_key(problem, *case[:2]))]
+    if not left:
+        return
     generator = torch.Generator(device).manual_seed(problem.tokens)
     heads = (problem.num_qo_heads, problem.num_kv_heads, problem.num_kv_heads)
-    qkv = tuple(
-        torch.randn(
-            problem.batch,
-            h,
-            problem.tokens,
-            problem.head_dim,
-            generator=generator,
-            device=device,
-            dtype=dtype,
-        )
-        for h in heads
-    )
+    shapes = [(problem.batch, h, problem.tokens, problem.head_dim) for h in heads]
+    qkv = tuple(torch.randn(s, generator=generator, device=device, dtype=dtype) for s in shapes)
     flash = None
-    for name, attention in _full_causal(problem, device).items():
-        row = _row(problem, name, 0.0, qkv, attention, flash)
-        flash = row["timing"]["p50"] if name == "sdpa flash" and row["timing"] else flash
-        yield {**row, "over_flash": flash and row["timing"] and flash / row["timing"]["p50"]}
+    for name, fraction, prepare in left:
+        row = _row(problem, name, fraction, qkv, prepare, flash)
+        if name == "sdpa flash" and row["timing"]:
+            flash, row["over_flash"] = row["timing"]["p50"], 1.0
+        yield row
+
+
+def _cases(
+    problem: PrefillProblem, device: str, fractions: Sequence[float]
+) -> Iterator[tuple[str, float, Callable[[], Attention]]]:
+    for name, prepare in _full_causal(problem, device).items():
+        yield name, 0.0, prepare
     for fraction in fractions:
-        yield _row(problem, "window_prefill", fraction, qkv, _ours(problem, fraction), flash)
+        yield "window_prefill", fraction, _ours(problem, fraction)
         if device != "cpu":  # uncompiled, FlexAttention makes all scores
-            yield _row(problem, "flex_attention", fraction, qkv, _flex(problem, fraction), flash)
+            yield "flex_attention", fraction, _flex(problem, fraction)
+
+
+def _key(problem: PrefillProblem, case: str, fraction: float) -> str:
+    return f"{problem} | {case} | {fraction:g}"
 
 
 def _ours(problem: PrefillProblem, fraction: float) -> Callable[[], Attention]:
@@ -155,7 +165,7 @@ def _row(
 ) -> dict[str, Any]:
     flops = problem.flops(fraction)
     row = {
-        "key": f"{problem} | {case} | {fraction:g}",
+        "key": _key(problem, case, fraction),
         "problem": dataclasses.asdict(problem),
         "case": case,
         "fraction": fraction,
