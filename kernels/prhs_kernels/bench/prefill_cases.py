@@ -7,6 +7,7 @@ and the part of full causal attention's FLOPs that the window saves.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -144,14 +145,15 @@ def _full_causal(problem: PrefillProblem, device: str) -> dict[str, Callable[[],
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def attend(backend: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel(backend):
+        with sdpa_kernel(backend) if backend else contextlib.nullcontext():
             return torch.nn.functional.scaled_dot_product_attention(
                 query, keys, values, is_causal=True, scale=problem.head_dim**-0.5, enable_gqa=True
             )
 
-    backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
-    if device == "cpu":
-        backends = {"sdpa math": SDPBackend.MATH}
+    backends: dict[str, Any] = {"sdpa math": SDPBackend.MATH}
+    if device != "cpu":
+        backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+        backends["sdpa"] = None  # what torch chooses by itself
     return {name: functools.partial(functools.partial, attend, b) for name, b in backends.items()}
 
 
