@@ -17,7 +17,7 @@ import triton.language as tl
 from prhs_kernels.ops.window_prefill.config import capability_of, prefill_config
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.0e38)  # below every score, and unlike -inf it can be subtracted from itself
+LOWEST = tl.constexpr(-1.0e30)  # below every score, and unlike -inf it can be subtracted from itself
 NO_WINDOW = 2**31 - 1
 
 
@@ -73,10 +73,13 @@ def multiply(q, k, PRECISION: tl.constexpr):
 
 @triton.jit
 def attend(scores, v, best, total, acc, scale_log2, PRECISION: tl.constexpr):
-    """One step of the running softmax, base 2, over unscaled scores; best and total `[BLOCK_M]`."""
-    higher = tl.maximum(best, tl.max(scores, axis=1) * scale_log2)
-    probs = tl.exp2(scores * scale_log2 - higher[:, None])
-    shrink = tl.exp2(best - higher)
+    """One step of the running softmax over unscaled scores; best (unscaled) and total `[BLOCK_M]`."""
+    higher = tl.maximum(best, tl.max(scores, axis=1))
+    shrink = tl.exp2((best - higher) * scale_log2)
+    if PRECISION == "ieee":
+        probs = tl.exp2((scores - higher[:, None]) * scale_log2)  # rounds in proportion to the difference
+    else:
+        probs = tl.exp2(scores * scale_log2 - (higher * scale_log2)[:, None])  # one instruction less
     total = total * shrink + tl.sum(probs, axis=1)
     if PRECISION == "ieee":  # summed within the tile first, for the same reason as in `multiply`
         acc = tl.fma(acc, shrink[:, None], tl.dot(probs, v, input_precision=PRECISION))
