@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prhs_cli.output import Output
 from prhs_kernels.errors import UsageError
-from prhs_kernels.runtime.distributed import launched
+from prhs_kernels.runtime.distributed import join, launched
 
 if TYPE_CHECKING:
     from prhs_calibration.bundle import Bundle
     from prhs_calibration.models import LoadedModel
 
+Spread = Literal["heads", "prompts"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Which model and bundle the user asked for, as typed. split: over the ranks that torchrun started."""
+    """Which model and bundle the user asked for, as typed; under torchrun see `load_model`."""
 
     model: str = "reference"
     bundle: Path | None = None
     revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
-    split: bool = False
+    spread: Spread | None = None
 
     def open(self, out: Output) -> tuple[LoadedModel, Bundle]:
         """Load both; the bundle is checked against the model."""
         loaded = load_model(
-            out, self.model, revision=self.revision, device=self.device, dtype=self.dtype, split=self.split
+            out, self.model, revision=self.revision, device=self.device, dtype=self.dtype, spread=self.spread
         )
         return loaded, choose_bundle(out, loaded, self.bundle)
 
@@ -49,20 +51,26 @@ def conditions(loaded: LoadedModel, bundle: Bundle | None, seed: int) -> dict[st
 
 
 def load_model(
-    out: Output, name: str, *, revision: str | None, device: str, dtype: str, split: bool = False
+    out: Output, name: str, *, revision: str | None, device: str, dtype: str, spread: Spread | None = None
 ) -> LoadedModel:
     """Load a model by alias, hub id, folder or `reference`; errors are one line each (see `models.load`).
 
-    UsageError under torchrun for a command that does not `split` its model over ranks.
+    Under torchrun a command spreads the heads of one model over the ranks, or its prompts over one model
+    each; UsageError for a command that does neither.
     """
     from prhs_calibration import models
 
     ranks = launched().size
-    if ranks > 1 and not split:
-        raise UsageError("under torchrun only `prhs generate` runs; start this command by itself")
-    loaded = models.load(name, revision=revision, device=device, dtype=dtype, ranks=ranks)
-    place = str(loaded.model.device) if ranks == 1 else f"{ranks} ranks ({loaded.device.type})"
-    out.note(f"model {loaded.model_id} on {place}, {str(loaded.model.dtype).removeprefix('torch.')}")
+    if ranks > 1 and spread is None:
+        raise UsageError("under torchrun only generate and calibrate run; start this command by itself")
+    if ranks > 1 and spread == "prompts":
+        place: Any = models.rank_device(device)
+        loaded = models.load(name, revision=revision, device=place, dtype=dtype)
+        join()
+    else:
+        loaded = models.load(name, revision=revision, device=device, dtype=dtype, ranks=ranks)
+    where = str(loaded.device) if ranks == 1 else f"{ranks} ranks ({loaded.device.type})"
+    out.note(f"model {loaded.model_id} on {where}, {str(loaded.dtype).removeprefix('torch.')}")
     return loaded
 
 

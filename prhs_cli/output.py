@@ -173,7 +173,8 @@ def _bars() -> Progress:
         Rate(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=_console(sys.stderr))
+    # Rich would print above the bars whatever goes to stdout, even what the user sends to a file
+    return Progress(*columns, console=_console(sys.stderr), redirect_stdout=sys.stdout.isatty())
 
 
 def _console(stream: Any) -> Console:

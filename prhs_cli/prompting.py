@@ -11,8 +11,18 @@ from prhs_kernels.errors import InputError
 def encode_prompt(tokenizer: Any, prompt: Prompt, *, raw: bool) -> list[int]:
     """Token ids of the prompt: through the chat template when the tokenizer has one, unless `raw`.
 
-    Raises InputError for messages without a template, or messages that the template refuses.
+    Raises InputError for messages without a template, messages that the template refuses, and a text of which
+    the tokenizer leaves nothing.
     """
+    ids = _encode(tokenizer, prompt, raw)
+    if not ids:
+        raise InputError(
+            f"{prompt.where} has no tokens: the tokenizer leaves nothing of it; write another text"
+        )
+    return ids
+
+
+def _encode(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
     template = None if raw else getattr(tokenizer, "chat_template", None)
     if not template and prompt.text is not None:
         return list(tokenizer(prompt.text)["input_ids"])

@@ -73,7 +73,7 @@ def load(
     too small (asked before anything large is downloaded or read), UnsupportedModelError for attention that is
     not ours, InputError for everything wrong with name, files or network.
     """
-    target = resolve_device(device) if ranks == 1 else _rank_device(device)
+    target = resolve_device(device) if ranks == 1 else rank_device(device)
     if target.type == "cuda":
         torch.cuda.set_device(target)  # kernels and graphs go to the current device, not to their arguments'
     precision = resolve_dtype(dtype, target)
@@ -143,8 +143,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _rank_device(device: str | torch.device | None) -> torch.device:
-    """The device that transformers gives this rank: its own GPU, or the CPU on a machine without one."""
+def rank_device(device: str | torch.device | None) -> torch.device:
+    """The device of this rank under torchrun: its own GPU, or the CPU on a machine without one."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if str(device or "auto") not in ("auto", kind):
         raise UsageError(

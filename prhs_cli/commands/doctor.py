@@ -103,6 +103,8 @@ def _devices() -> list[list[Any]]:
 
 
 def _missing(cuda: bool, embedded: bool) -> list[str]:
+    import torch
+
     lines = []
     if not embedded:
         lines.append("the embedded model; install prhs again")
@@ -112,6 +114,8 @@ def _missing(cuda: bool, embedded: bool) -> list[str]:
         lines.append("a CUDA device; everything runs on the CPU, large models slowly")
     elif importlib.util.find_spec("triton") is None:
         lines.append("triton; install the CUDA build of torch, which brings it")
+    if torch.cuda.device_count() > 1 and _version("accelerate") is None:
+        lines.append("accelerate, to split a model over the GPUs; pip install 'prhs[distributed]'")
     return lines
 
 

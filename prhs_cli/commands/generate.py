@@ -99,7 +99,7 @@ def command(
         out.note(f"keys of {prompt_file} that mean nothing here: {', '.join(prompts.ignored)}")
     from prhs_kernels.runtime.sampling import Sampling
 
-    source = Source(model, bundle, revision, device, dtype, split=True)
+    source = Source(model, bundle, revision, device, dtype, spread="heads")
     sampling = Sampling(temperature, top_p, seed)
     # whoever compares, releases or names a backend wants sparse attention, be it slower
     fallback = backend == "auto" and mode == "audited" and compare is None

@@ -88,3 +88,16 @@ def test_interruption_says_what_became_of_the_work() -> None:
     with pytest.raises(Interrupted, match="no bundle was written"):
         with interruptible("no bundle was written"):
             raise KeyboardInterrupt
+
+
+def test_results_that_come_during_progress_reach_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, file = Terminal(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", file)
+    out = Output()
+    with out.progress() as progress:
+        progress("tokens", 1, 2)
+        out.line({}, "=== 1 ===", "text")
+        progress("tokens", 2, 2)
+    assert file.getvalue() == "=== 1 ===\ntext\n"
+    assert "tokens" in screen.getvalue() and "===" not in screen.getvalue()

@@ -70,6 +70,14 @@ def test_messages_need_a_chat_template_that_takes_them() -> None:
         encode_prompt(tokenizer, refused, raw=False)
 
 
+def test_a_text_that_vanishes_is_refused() -> None:
+    def vanishing(text: str) -> dict[str, list[int]]:
+        return {"input_ids": []}
+
+    with pytest.raises(InputError, match="line 1 has no tokens"):
+        encode_prompt(vanishing, HELLO, raw=True)
+
+
 def test_chat_template_is_used_unless_raw() -> None:
     tokenizer: Any = tiny_tokenizer()
     plain = encode_prompt(tokenizer, HELLO, raw=False)

@@ -1,14 +1,16 @@
-"""Tensor parallelism: transformers splits the model by heads, each rank selects for its own KV heads.
+"""Several processes: a model split by heads, or whole models that share the prompts of a calibration.
 
-The selectors look at one KV head at a time, so a step needs no collective of ours; the only ones are for
-reports and for decisions that every rank must take alike. torch is imported where it is used: the command
-line asks for its rank before it loads anything.
+transformers splits a model; each rank then selects for its own KV heads. The selectors look at one KV head
+at a time, so a step needs no collective of ours; the only ones are for reports and for decisions that every
+rank must take alike. torch is imported where it is used: the command line asks for its rank before it loads
+anything.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prhs_kernels.errors import UsageError
@@ -96,6 +98,33 @@ def _gathered(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def join() -> None:
+    """Make the processes that torchrun started a group, each with a whole model; nothing without torchrun.
+
+    What they exchange are objects of the host, so that it needs no GPU.
+    """
+    if launched().size > 1:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+
+
+def share(count: int) -> range:
+    """Which of `count` pieces of work this process does, when whole models share them."""
+    here = launched()
+    return range(here.rank, count, here.size)
+
+
+def combined(parts: Sequence[T]) -> list[T]:
+    """The pieces of all processes in their order, from what each made of its `share`; on every rank."""
+    size = launched().size
+    if size == 1:
+        return list(parts)
+    found = _gathered(list(parts))
+    return [found[index % size][index // size] for index in range(sum(map(len, found)))]
 
 
 def from_rank_zero(value: T) -> T:
