@@ -62,7 +62,9 @@ def load_model(
 
     ranks = launched().size
     if ranks > 1 and spread is None:
-        raise UsageError("under torchrun only generate and calibrate run; start this command by itself")
+        raise UsageError(
+            "this command does not run under torchrun; start it by itself, or see docs/distributed.md"
+        )
     if ranks > 1 and spread == "prompts":
         place: Any = models.rank_device(device)
         loaded = models.load(name, revision=revision, device=place, dtype=dtype)

@@ -130,8 +130,8 @@ def test_what_does_not_run_on_ranks_says_so(
     prhs: Prhs, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, 2)
-    done = prhs("calibrate", workplace.model)
-    assert done.code == 2 and "only `prhs generate`" in done.error
+    done = prhs("evaluate", "--model", workplace.model, "--bundle", workplace.bundle)
+    assert done.code == 2 and "does not run under torchrun" in done.error
     command = ("generate", "--model", workplace.model, "--prompt-file")
     done = prhs(*command, "-")
     assert done.code == 2 and "standard input" in done.error
