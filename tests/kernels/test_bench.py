@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from prhs_kernels.bench import report, session
-from prhs_kernels.bench.cases import Case, Problem, run
+from prhs_kernels.bench import peers, report, session
+from prhs_kernels.bench.cases import Case, Inputs, Problem, run
 from prhs_kernels.bench.dense_cases import AS_GPT_FAST
 from prhs_kernels.bench.operator import Plan, cost, default_points
 from prhs_kernels.bench.retrieval_cases import spread
@@ -356,3 +356,48 @@ def test_a_wrong_prefill_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(prefill_model, "prefill", wrong)
     row = prefill_model.run(case, "cpu", torch.float32)
     assert row["timing"] is None and row["error"].startswith("wrong result, not timed: logits: error")
+
+
+def test_choice_of_a_peer_is_checked() -> None:
+    """Two heads that share one choice of pages of 4; near ties may go either way, clear ones not."""
+    scores = torch.tensor([[[5.0, 1.0, 3.0, 2.995, 0.0]]])
+    peer = peers.Peer(4, lambda i, wide: scores, margin=0.01)
+
+    def positions(*pages: int) -> torch.Tensor:
+        return torch.tensor([[[4 * page + i for page in pages for i in range(4)]] * 2])
+
+    for pages in ((0, 2), (0, 3)):
+        peers.check_choice(scores, positions(*pages), peer, 2)
+    for pages, words in (((2, 3), "1 of the best units are missing"), ((0, 0), "chosen twice")):
+        with pytest.raises(AssertionError, match=words):
+            peers.check_choice(scores, positions(*pages), peer, 2)
+
+
+def test_peers_choose_as_published() -> None:
+    """Against the definitions, in float32 on the CPU, ragged sizes included."""
+    problem = Problem("p", 2, 83, 8, 4, 32, 16)
+    inputs = Inputs(problem, torch.float32, "cpu")
+    query, keys, _ = inputs.kv(1)
+    heads = query.view(2, 4, 2, 16)
+    quest = peers._quest(inputs)
+    pages = [keys[:, :, 16 * page : 16 * page + 16] for page in range(5)]
+    bounds = torch.stack(
+        [
+            torch.maximum(heads * p.amin(2, keepdim=True), heads * p.amax(2, keepdim=True)).sum(-1).amax(2)
+            for p in pages
+        ],
+        dim=-1,
+    )
+    torch.testing.assert_close(quest.scores(1, False), bounds)
+    found = quest.indices(inputs, 1)
+    assert found.shape == (2, 4, 32) and found.dtype == torch.int32
+    assert (found[1, 2, ::16] // 16).tolist() == bounds[1, 2].topk(2).indices.sort().values.tolist()
+    weights = (heads @ keys.mT * inputs.scale).softmax(-1).sum(2)
+    shared = peers._hshare(2, inputs)
+    torch.testing.assert_close(shared.scores(1, False).exp(), weights[:, ::2])
+    sets = shared.indices(inputs, 1)
+    assert torch.equal(sets[:, 0], sets[:, 1]) and not torch.equal(sets[:, 1], sets[:, 2])
+    everything = peers._double_sparse(16, inputs)  # all channels: exact
+    torch.testing.assert_close(everything.scores(1, False).exp(), weights)
+    some = peers._double_sparse(4, inputs)
+    assert not torch.equal(some.indices(inputs, 1), everything.indices(inputs, 1))

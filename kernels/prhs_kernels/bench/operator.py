@@ -12,6 +12,7 @@ import torch
 from prhs_kernels.bench import timing
 from prhs_kernels.bench.cases import Case, Inputs, Problem, Row, run, sparse_cases
 from prhs_kernels.bench.dense_cases import dense_cases, slow_to_start_cases
+from prhs_kernels.bench.peers import peer_cases
 from prhs_kernels.bench.report import derive, tables
 from prhs_kernels.bench.retrieval_cases import layer_cases, stage_cases, tuning_cases
 from prhs_kernels.bench.session import Record, Session, free_bytes
@@ -64,7 +65,7 @@ def passes(plan: Plan) -> list[Callable[[Inputs], Iterator[Case]]]:
         yield from layer_cases(inputs, plan.ratios)
         yield from stage_cases(inputs)
 
-    return [main, slow_to_start_cases, *([tuning_cases] if plan.tune else [])]
+    return [main, peer_cases, slow_to_start_cases, *([tuning_cases] if plan.tune else [])]
 
 
 def measure(plan: Plan, session: Session, device: str, dtype: torch.dtype) -> bool:
