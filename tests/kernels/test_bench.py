@@ -336,7 +336,7 @@ def test_flops_of_a_prefill_with_dropped_tokens() -> None:
                 1 for t in range(frozen, 100) for i in range(t + 1) if i < 4 or i >= begin[t] or i > t - 32
             )
         assert case.attention_flops == 3 * 4 * 4 * 8 * pairs
-        assert case.flops == case.attention_flops + 2 * 3 * tokens * weights
+        assert case.flops == case.attention_flops + 2 * 3 * tokens * weights / 4
     assert etf.params(shape).frozen_prefix(3, 100) == 50  # the fraction asked for, in the last layer
     assert psaw.params(shape).window_start(3, torch.tensor(100)) == 50
 
