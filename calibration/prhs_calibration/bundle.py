@@ -18,6 +18,7 @@ import torch
 from prhs_calibration import bundle_format, files, fingerprint, risk
 from prhs_calibration.bundle_format import METADATA_KEY, BundleMetadata
 from prhs_kernels.errors import InputError, PrhsError, UsageError
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.params import DepthParams, FreezeMode, LayerParams, SelectorParams, TimeParams
 
 __all__ = ["Bundle", "BundleMetadata", "read_metadata"]
@@ -158,7 +159,8 @@ class Bundle:
             return dense  # the end of the dial: every axis off
         heads = {name: self.tensors[f"time/{name}"] for name in ("gate", "tau_cos", "block", "dilation")}
         time = TimeParams(budget_ratio, budget_tokens, **heads, reanchor=self.metadata.reanchor)
-        return dataclasses.replace(dense, time=time, depth=self._depth(), layer=self._layer())
+        copy = KeyCopyKind(self.metadata.key_copy)
+        return dataclasses.replace(dense, time=time, depth=self._depth(), layer=self._layer(), key_copy=copy)
 
     def _depth(self) -> DepthParams | None:
         if "depth/schedule" not in self.tensors:

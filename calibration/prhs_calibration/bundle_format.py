@@ -14,7 +14,7 @@ G dial points, L layers, H KV heads, n prompts of the selection split. The tenso
 | `depth/schedule` | `[3]` | float32 | start layer, φ in (0, 1), α >= 0; absent when the axis is off |
 | `layer/schedule` | `[3]` | float32 | start layer, ψ in (0, 1), γ >= 0; absent when the axis is off |
 | `risk/loss` | `[n, G]` | float32 | [0, 1]: closed-loop loss of a prompt at a dial point |
-| `profile/...` | any | any | statistics kept for plots |
+| `profile/...` | any | any | statistics kept for plots and reports; `profile/tail` `[G]`: closed-loop tail |
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ import torch
 
 from prhs_calibration.fingerprint import SIZES
 from prhs_kernels.errors import InputError
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.params import Gate
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "prhs"
 TARGETS = ("expected", "high-probability")
 FREEZE_MODES = ("share", "project")
-KEY_COPIES = ("bf16", "fp8", "int8", "int4")
+OLD_EXACT = "bf16"  # what bundles called the exact scan before there were key copies
 SPLITS = ("fit", "select", "verify")
 
 _DTYPES = {
@@ -74,7 +75,7 @@ class BundleMetadata:
     num_local: int = 32  # positions
     reanchor: bool = True
     freeze_mode: str = "share"  # one of FREEZE_MODES
-    key_copy: str = "bf16"  # one of KEY_COPIES
+    key_copy: str = "exact"  # a `KeyCopyKind`
     library_versions: dict[str, str] = dataclasses.field(default_factory=dict)
     report: dict[str, Any] = dataclasses.field(default_factory=dict)  # more facts of the run, for inspection
     schema_version: int = SCHEMA_VERSION
@@ -97,7 +98,10 @@ class BundleMetadata:
                 f"{where} was written by a newer prhs (schema {values['schema_version']}, this one reads "
                 f"up to {SCHEMA_VERSION}): upgrade prhs or calibrate again"
             )
-        return cls(**_typed_fields(values, where))
+        fields = _typed_fields(values, where)
+        if fields["key_copy"] == OLD_EXACT:
+            fields["key_copy"] = KeyCopyKind.EXACT.value
+        return cls(**fields)
 
 
 def check(metadata: BundleMetadata, tensors: Mapping[str, torch.Tensor], where: str) -> None:
@@ -155,7 +159,7 @@ def _check_metadata(metadata: BundleMetadata, where: str) -> None:
         "confidence": 0 < metadata.confidence < 1,
         "target": metadata.target in TARGETS,
         "freeze_mode": metadata.freeze_mode in FREEZE_MODES,
-        "key_copy": metadata.key_copy in KEY_COPIES,
+        "key_copy": metadata.key_copy in tuple(KeyCopyKind),
         "num_sinks": metadata.num_sinks >= 0,
         "num_local": metadata.num_local >= 1,
         "schema_version": metadata.schema_version == SCHEMA_VERSION,

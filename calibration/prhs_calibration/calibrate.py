@@ -15,9 +15,12 @@ from prhs_calibration import corpus, fit, memory, risk
 from prhs_calibration.bundle import Bundle
 from prhs_calibration.bundle_format import BundleMetadata
 from prhs_calibration.family import AXES, AXIS_PROMPTS, Family, fit_family
+from prhs_calibration.key_copies import AUTO
 from prhs_calibration.models import LoadedModel
-from prhs_calibration.profile import DECODE_STEPS, Progress, closed_loop_losses
+from prhs_calibration.profile import DECODE_STEPS, Progress, closed_loop
+from prhs_calibration.statistics import TAIL_SHARE
 from prhs_kernels.errors import UsageError
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.runtime.attach import dense_params
 
 NUM_SINKS, NUM_LOCAL = 4, 16
@@ -57,6 +60,7 @@ def calibrate(
     sources: list[Path] | None = None,
     seed: int = 0,
     axes: Collection[str] = AXES,
+    key_copy: str = AUTO,
     target: str = "expected",
     confidence: float = 0.95,
     progress: Progress | None = None,
@@ -68,13 +72,14 @@ def calibrate(
         context_length: tokens of the longest prompt; the model's own context by default.
         sources: files or folders of text; the built-in corpus by default.
         axes: which of "time", "depth", "layer" may be used.
+        key_copy: what retrievals scan: "exact", "int8", "fp8", "int4", or "auto", which compares all but fp8.
         target: "expected" or "high-probability" (docs/guarantees.md).
 
     Raises:
-        UsageError: δ outside (0, 1), unknown axis, or too few prompts for this δ.
+        UsageError: δ outside (0, 1), unknown axis or key copy, or too few prompts for this δ.
         InputError: text that does not fill the prompts.
     """
-    _check(delta, num_prompts, axes, target, confidence)
+    _check(delta, num_prompts, axes, key_copy, target, confidence)
     report = progress or (lambda stage, done, total: None)
     length = min(context_length or loaded.context_length, loaded.context_length)
     sizes: dict[corpus.Split, int] = {
@@ -104,10 +109,11 @@ def calibrate(
         num_select=num_prompts,
         base=base,
         axes=axes,
+        key_copy=key_copy,
         progress=report,
     )
     draft = _draft(loaded, family, prompts, length, seed, delta, target, confidence, sources)
-    losses = closed_loop_losses(
+    losses, tails = closed_loop(
         loaded.model,
         prompts["select"],
         [draft.params(index) for index in range(len(draft.dial))],
@@ -115,6 +121,7 @@ def calibrate(
     )
     choice = risk.choose_dial(losses, delta, target, confidence)
     tensors = {**draft.tensors, "risk/loss": torch.tensor(losses, dtype=torch.float32)}
+    tensors["profile/tail"] = torch.tensor(tails.mean(axis=0), dtype=torch.float32)
     bundle = dataclasses.replace(draft, tensors=tensors).with_dial(choice.index)
     return CalibrationOutcome(bundle, _summary(bundle, choice, family))
 
@@ -148,6 +155,7 @@ def _draft(
         num_sinks=NUM_SINKS,
         num_local=NUM_LOCAL,
         freeze_mode=family.freeze_mode.name.lower(),
+        key_copy=family.dial.scan.kind.value,
         library_versions=_versions(),
         report={**family.report, "corpus": "given" if sources else "built-in"},
     )
@@ -182,12 +190,16 @@ def estimate_cost(
     return Cost(num_prompts + fit_count, prefill, decode, float(flops), peak)
 
 
-def _check(delta: float, num_prompts: int, axes: Collection[str], target: str, confidence: float) -> None:
+def _check(
+    delta: float, num_prompts: int, axes: Collection[str], key_copy: str, target: str, confidence: float
+) -> None:
     if not 0 < delta < 1:
         raise UsageError(f"delta = {delta} must lie between 0 and 1, both excluded")
     unknown = sorted(set(axes) - set(AXES))
     if unknown or not axes:
         raise UsageError(f"axes = {', '.join(unknown) or 'none'}: choose from {', '.join(AXES)}")
+    if key_copy not in (AUTO, *KeyCopyKind):
+        raise UsageError(f"key copy {key_copy!r}: choose from {', '.join((AUTO, *KeyCopyKind))}")
     needed = risk.prompts_needed(delta, target, confidence)
     if num_prompts < needed:
         raise UsageError(
@@ -219,6 +231,10 @@ def _summary(bundle: Bundle, choice: risk.DialChoice, family: Family) -> dict[st
         "dial_index": index,
         "dial_points": len(bundle.dial),
         "risk": choice.risk,
+        "tail": float(bundle.tensors["profile/tail"][index]),
+        "tail_share": TAIL_SHARE,
+        "key_copy": bundle.metadata.key_copy,
+        "key_copies": family.report["key_copies"],
         "risk_bound": choice.evidence,
         "predicted_cost": float(family.dial.cost[index]),
         "heads_that_share": len(sharing),

@@ -1,8 +1,9 @@
-"""Prompts for calibration and verification: real text, half of it with planted facts that are asked for.
+"""Prompts for calibration and verification: real text, most of it with planted content that is asked for.
 
 Text is cut once and for all into small regions which a fixed permutation deals to three splits. Prompts of
-different splits never share a region, whatever seeds, counts and lengths are asked for. Because the deal is
-random, prompts of the three splits are exchangeable, which conformal risk control needs.
+different splits never share a region, whatever seeds, counts and lengths are asked for, and no two prompts
+of a split share text. The deal is random and what is planted is drawn afresh for every prompt, so that
+prompts of the three splits are exchangeable, which conformal risk control needs.
 """
 
 import hashlib
@@ -16,19 +17,18 @@ from typing import Literal, Protocol
 
 from prhs_kernels.errors import InputError, UsageError
 
-from .reference_model.recall import Fact, draw_facts
+from . import planting
+from .reference_model.recall import draw_facts
 from .sources import read_sources
 
 Split = Literal["fit", "select", "verify"]
 SPLIT_SHARES: dict[str, float] = {"fit": 0.10, "select": 0.36, "verify": 0.54}
-RECALL_SHARE = 0.5
 MIN_LENGTH = 512  # tokens of the shortest prompt, or half of the context if that is less
 REGION_CHARS = 6000
 _DEAL_SEED = "prhs-corpus-1"  # fixed: which region belongs to which split must not depend on the user's seed
 _SLACK_CHARS = 64
-_TOKENS_PER_FACT = 85  # of prompt per planted fact at least, so that most of a short prompt is text too
-_FIRST_PLACE = 0.05  # share of the text in front of which no fact is planted
-_MAX_SURPLUS = 0.02  # of the length; less than _FIRST_PLACE, so that no fact is cut off
+_MAX_SURPLUS = 0.02  # of the text; less than planting.FIRST_PLACE, so that nothing planted is cut off
+_TEXT_ONLY = planting.Plan("text", [], "", 0)
 
 
 class Tokenizer(Protocol):
@@ -47,7 +47,7 @@ class Encoding(Protocol):
 class Prompt:
     """One prompt; the tokens from `prefill_length` on are teacher-forced decode steps.
 
-    kind: "text" or "recall" (question and answer lie in the decode steps); text_hash: see `text_hash`.
+    kind: one of `planting.KINDS` (question and answer lie in the decode steps); text_hash: see `text_hash`.
     """
 
     input_ids: list[int]
@@ -68,22 +68,28 @@ def build(
 ) -> list[Prompt]:
     """Draw `count` prompts of one split, lengths uniform from 512 to `context_length` tokens of `tokenizer`.
 
-    Built-in text without `sources`; else the text of these files and folders, with nothing planted in it.
+    Built-in text without `sources`, at most `planting.TEXT_TOKENS` of it in a prompt, the rest generated
+    records; else the text of these files and folders, with nothing planted in it.
     Raises InputError when a source cannot be read or holds too little text, UsageError on impossible sizes.
     """
     _check_sizes(count, context_length, decode_steps, split)
     text = _TextStream(read_sources(sources) if sources else built_in_text(), split, seed, bool(sources))
     rng = Random(f"{seed}/{split}/prompts")
     shortest = min(context_length, max(min(MIN_LENGTH, context_length // 2), decode_steps + 2))
+    special = _num_leading_special(tokenizer)
     prompts = []
     for index in range(count):
         length = rng.randint(shortest, context_length)
-        planted = not sources and length >= _TOKENS_PER_FACT and rng.random() < RECALL_SHARE
-        ids = _assemble(tokenizer, text, length, _draw(rng, length) if planted else [])
+        plan = (
+            _TEXT_ONLY
+            if sources
+            else planting.draw(rng, length, lambda t: len(_encode(tokenizer, t)) - special)
+        )
+        ids = _assemble(tokenizer, text, length, plan)
         if ids is None:
             raise InputError(text.shortage(index, count, (shortest + context_length) // 2))
         prefill = length - decode_steps
-        prompts.append(Prompt(ids, prefill, "recall" if planted else "text", text_hash(ids, prefill)))
+        prompts.append(Prompt(ids, prefill, plan.kind, text_hash(ids, prefill)))
     return prompts
 
 
@@ -100,8 +106,8 @@ def recall_prompt(
     stream = _TextStream(built_in_text(), "verify", seed, False)
     question = "\n" + fact.question
     placed = [
-        (rng.uniform(_FIRST_PLACE, 0.30), fact),
-        *((rng.uniform(0.05, 0.95), other) for other in others),
+        (rng.uniform(planting.FIRST_PLACE, 0.30), fact.sentence),
+        *((rng.uniform(0.05, 0.95), other.sentence) for other in others),
     ]
     text = stream.take(8 * num_tokens)
     if text is None:
@@ -109,8 +115,8 @@ def recall_prompt(
             f"num_tokens {num_tokens} is more than the built-in text holds; ask for a shorter prompt"
         )
 
-    def prompt(chars: int, planted: list[tuple[float, Fact]]) -> str:
-        return _plant(text[-chars:], planted) + question
+    def prompt(chars: int, planted: list[tuple[float, str]]) -> str:
+        return planting.plant(text[-chars:], planted) + question
 
     low, high = 1, len(text)
     while low < high:  # smallest number of characters that reaches num_tokens
@@ -194,46 +200,31 @@ def _dealt(num_regions: int) -> dict[str, list[int]]:
     return dealt
 
 
-def _draw(rng: Random, length: int) -> list[tuple[float, Fact]]:
-    """Facts with their place (share of the text); the first one is asked for."""
-    count = rng.randint(1, min(6, length // _TOKENS_PER_FACT))
-    return [(rng.uniform(_FIRST_PLACE, 0.98), fact) for fact in draw_facts(rng, count)]
-
-
 def _assemble(
-    tokenizer: Tokenizer, stream: _TextStream, length: int, facts: list[tuple[float, Fact]]
+    tokenizer: Tokenizer, stream: _TextStream, length: int, plan: planting.Plan
 ) -> list[int] | None:
-    """Exactly `length` tokens: text with facts planted, ending in question and answer; None if text runs out.
+    """Exactly `length` tokens: text with the plan's content, then its ending; None if text runs out.
 
-    Text is taken until there are enough tokens; a surplus is dropped from the front, where no fact is placed.
+    Text is taken until there are enough tokens; a surplus is dropped in front, where nothing is planted.
     """
-    text, chars = "", 3 * length
-    ending = f"\n{facts[0][1].question}{facts[0][1].answer}" if facts else ""
+    room = max(1, length - plan.tokens)
+    text, chars = "", 3 * room
     while True:
         more = stream.take(chars)
         if more is None:
             return None
         text += more
-        ids = _encode(tokenizer, _plant(text, facts) + ending)
+        ids = _encode(tokenizer, planting.plant(text, plan.planted) + plan.ending)
         surplus = len(ids) - length
-        while surplus > _MAX_SURPLUS * length and (excess := int(0.7 * surplus * len(text) / len(ids))):
+        while surplus > _MAX_SURPLUS * room and (excess := int(0.7 * surplus * len(text) / len(ids))):
             text = text[excess:]
-            ids = _encode(tokenizer, _plant(text, facts) + ending)
+            ids = _encode(tokenizer, planting.plant(text, plan.planted) + plan.ending)
             surplus = len(ids) - length
         if surplus >= 0:
             break
         chars = int(-surplus * len(text) / max(1, len(ids))) + _SLACK_CHARS
     special = _num_leading_special(tokenizer)
     return ids[:special] + ids[special + surplus :]
-
-
-def _plant(text: str, facts: list[tuple[float, Fact]]) -> str:
-    """Put each fact on its own line at the line end nearest after its place."""
-    for place, fact in sorted(facts, key=lambda item: -item[0]):
-        at = text.find("\n", int(place * len(text)))
-        at = len(text) if at < 0 else at
-        text = f"{text[:at]}\n{fact.sentence}{text[at:]}"
-    return text
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:

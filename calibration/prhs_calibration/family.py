@@ -6,7 +6,7 @@ Nothing here sees a prompt of another split; which λ of the family is used is d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from prhs_calibration import fit
 from prhs_calibration.corpus import Prompt
+from prhs_calibration.key_copies import KeyCopyStatistics, Scan, kinds_to_compare
 from prhs_calibration.profile import Progress, closed_loop_losses, observe
 from prhs_calibration.statistics import DepthStatistics, TimeStatistics
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.params import DepthParams, FreezeMode, LayerParams, SelectorParams
 
 AXES = ("time", "depth", "layer")
@@ -49,6 +51,7 @@ def fit_family(
     num_select: int,
     base: SelectorParams,
     axes: Collection[str],
+    key_copy: str,
     progress: Progress,
 ) -> Family:
     """Fit the axes one after another, each on top of those before: depth, layer, then time.
@@ -56,6 +59,7 @@ def fit_family(
     Args:
         num_select: prompts that λ will be chosen on; the dial is finest where so many can decide.
         base: the model's shape, sinks and local positions, every axis off.
+        key_copy: what retrievals scan, or "auto": the kind that is predicted to read the fewest bytes.
     """
     stages = _Stages(model, prompts, delta, base, progress)
     if "depth" in axes or "layer" in axes:
@@ -64,13 +68,25 @@ def fit_family(
         stages.fit_depth()
     if "layer" in axes:
         stages.fit_layer()
-    time = stages.profile_time()
+    time, scans = stages.profile_time(kinds_to_compare(key_copy if "time" in axes else "exact"))
     if "time" in axes:
-        dial = fit.fit_dial(time, delta, fit.dial_targets(delta, num_select))
+        targets, admitted = fit.dial_targets(delta, num_select), fit.admitted_loss(delta, num_select)
+        dials = [fit.fit_dial(time, scan, delta, targets) for scan in scans]
+        dial = min(dials, key=lambda found: found.cost_at(admitted))
+        report = [_scan_report(found, admitted) for found in dials]
     else:
-        dial = fit.dense_dial(time)
+        dial, report = fit.dense_dial(time, scans[0]), []
     tensors = {**_dial_tensors(dial), **stages.tensors()}
-    return Family(dial, tensors, stages.freeze_mode, {"axes": stages.report})
+    return Family(dial, tensors, stages.freeze_mode, {"axes": stages.report, "key_copies": report})
+
+
+def _scan_report(dial: fit.Dial, admitted: float) -> dict[str, Any]:
+    return {
+        "kind": dial.scan.kind.value,
+        "scan_row": dial.scan.row,
+        "recall": dial.scan.mean_recall,
+        "predicted_cost": dial.cost_at(admitted),
+    }
 
 
 class _Stages:
@@ -101,13 +117,14 @@ class _Stages:
         self.profile["share_loss"] = statistics.share_loss
         self.profile["similarity"] = statistics.similarity
 
-    def profile_time(self) -> TimeStatistics:
-        """Sharing and truncation losses of the model with the axes that are on."""
+    def profile_time(self, kinds: Sequence[KeyCopyKind]) -> tuple[TimeStatistics, list[Scan]]:
+        """Sharing and truncation losses of the model with the axes that are on, and what key copies do."""
         base = self.params
         statistics = TimeStatistics(base.num_layers, base.num_kv_heads, base.num_sinks, base.num_local)
-        self._observe("time profile", statistics.add)
+        copies = KeyCopyStatistics(base, kinds)
+        self._observe("time profile", statistics.add, copies.add)
         self.profile["cosine"] = statistics.cosine
-        return statistics
+        return statistics, copies.scans()
 
     def fit_depth(self) -> None:
         """PSAW."""
@@ -159,8 +176,8 @@ class _Stages:
             "closed_loop_loss": loss,
         }
 
-    def _observe(self, stage: str, observer: Callable[[Any], None]) -> None:
-        observe(self.model, self.prompts, self.params, [observer], self._reporter(stage))
+    def _observe(self, stage: str, *observers: Callable[[Any], None]) -> None:
+        observe(self.model, self.prompts, self.params, observers, self._reporter(stage))
 
     def _closed_loop(self, stage: str, params: SelectorParams) -> float:
         some = self.prompts[:AXIS_PROMPTS]
@@ -192,5 +209,7 @@ def _dial_tensors(dial: fit.Dial) -> dict[str, torch.Tensor]:
         "time/block": gate("block", torch.int32),
         "time/dilation": gate("dilation", torch.int32),
         "profile/predicted_loss": torch.tensor(dial.loss, dtype=torch.float32),
+        "profile/predicted_tail": torch.tensor(dial.tail, dtype=torch.float32),
+        "profile/key_copy_recall": torch.tensor(dial.scan.recall, dtype=torch.float32),
         "profile/predicted_cost": torch.tensor(dial.cost, dtype=torch.float32),
     }

@@ -11,11 +11,13 @@ import dataclasses
 import numpy as np
 from scipy.optimize import curve_fit
 
+from prhs_calibration.key_copies import Scan
 from prhs_calibration.statistics import BUDGET_RATIOS, FRACTIONS, GateSetting, TimeStatistics
 
 USUAL_DELTAS = (0.3, 0.2, 0.15, 0.1, 0.075, 0.05, 0.03, 0.015)
 NEAR = np.array([0.75, 0.84, 0.92, 0.97, 1.02])  # of the admitted loss: open and closed loop differ a little
 MARGIN = 0.93
+TAIL_WEIGHT = 0.5  # of the worst steps in the price of a loss; the mean has the rest
 MIN_FRACTION = 0.02  # a schedule that drops less than this, averaged over layers, is not worth having
 
 
@@ -119,24 +121,31 @@ class Dial:
 
     lam: `[G]` increasing, mean budget ratio, the last is 1 (dense); budget_ratio: `[G, L, H]` nondecreasing
     in G.
-    setting: `[L][H]` the gate of each head; loss, cost: `[G]` predicted on the fit split, open loop: mean
-    dropped mass, and KV rows read as a fraction of dense (scans included).
+    setting: `[L][H]` the gate of each head; scan: what retrievals read. loss, tail, cost: `[G]` predicted on
+    the fit split, open loop: mean dropped mass, that of the worst steps, and KV rows read as a fraction of
+    dense (scans included).
     """
 
     lam: np.ndarray
     budget_ratio: np.ndarray
     setting: list[list[GateSetting]]
+    scan: Scan
     loss: np.ndarray
+    tail: np.ndarray
     cost: np.ndarray
 
+    def cost_at(self, loss: float) -> float:
+        """Predicted cost at a predicted loss, linear between the points."""
+        return float(np.interp(loss, self.loss[::-1], self.cost[::-1]))
 
-def read_cost(kept: np.ndarray, retrieval_ratio: np.ndarray) -> np.ndarray:
-    """KV rows read as a fraction of dense: K and V of the kept positions, and K of all positions per
-    retrieval.
+
+def read_cost(kept: np.ndarray, retrieval_ratio: np.ndarray, scan_row: float = 1.0) -> np.ndarray:
+    """KV rows read as a fraction of dense: K and V of the kept positions, and a scan of all positions per
+    retrieval, at `scan_row` rows of K each.
 
     `kept` `[settings, ratios, L, H]`, `retrieval_ratio` `[settings, L, H]`; a dense head needs no scan.
     """
-    cost = kept + 0.5 * retrieval_ratio[:, None]
+    cost = kept + 0.5 * scan_row * retrieval_ratio[:, None]
     cost[:, -1] = 1.0
     return np.asarray(cost)
 
@@ -149,34 +158,45 @@ def dial_targets(delta: float, num_prompts: int) -> np.ndarray:
     below that of the δ asked for.
     """
 
-    def admitted(asked: float) -> float:
-        return max(((num_prompts + 1) * asked - 1) / num_prompts, asked / 10)
-
-    usual = [MARGIN * admitted(other) for other in USUAL_DELTAS]
-    return np.unique([*usual, *(admitted(delta) * NEAR)])[::-1]
+    usual = [MARGIN * admitted_loss(other, num_prompts) for other in USUAL_DELTAS]
+    return np.unique([*usual, *(admitted_loss(delta, num_prompts) * NEAR)])[::-1]
 
 
-def fit_dial(statistics: TimeStatistics, delta: float, targets: np.ndarray) -> Dial:
-    """Choose a gate per head, then budgets that read fewest bytes at each loss of `targets` (decreasing).
+def admitted_loss(delta: float, num_prompts: int) -> float:
+    """Largest mean loss on `num_prompts` prompts that lets risk control promise δ (a little, where none)."""
+    return max(((num_prompts + 1) * delta - 1) / num_prompts, delta / 10)
 
-    Every head's (cost, loss) points have a lower convex hull; at a price μ of loss each head takes the hull
-    point that minimises cost + μ loss, which is optimal for the sum. The gate is the one each head wants at
-    `delta`, and
-    stays fixed along the dial: only then are the sets of a head nested in λ.
+
+def fit_dial(
+    statistics: TimeStatistics,
+    scan: Scan,
+    delta: float,
+    targets: np.ndarray,
+    tail_weight: float = TAIL_WEIGHT,
+) -> Dial:
+    """Choose a gate per head, then budgets that read fewest bytes at each mean loss of `targets`, decreasing.
+
+    A mean hides the steps at which a head does what it is there for, so a head pays for a blend of its mean
+    loss and that of its worst steps. Every head's (cost, blend) points have a lower convex hull; at a price μ
+    each head takes the hull point that minimises cost + μ blend, which is optimal for the sum; μ is the one
+    at which the *mean* loss meets the target. The gate is the one each head wants at `delta`, and stays fixed
+    along the dial: only then are the sets of a head nested in λ.
     """
-    loss, cost = statistics.loss, read_cost(statistics.kept, statistics.retrieval_ratio)
-    cost[:, -1], loss[:, -1] = 1.0, 0.0
+    cost = read_cost(statistics.kept, statistics.retrieval_ratio, scan.row)
+    loss, tail = statistics.loss + scan.extra, statistics.tail + scan.extra
+    cost[:, -1], loss[:, -1], tail[:, -1] = 1.0, 0.0, 0.0
     settings, ratios, num_layers, heads = loss.shape
-    flat_loss = loss.reshape(settings * ratios, -1)
-    flat_cost = cost.reshape(settings * ratios, -1)
-    price = _price_for(flat_loss, flat_cost, delta)
-    gate = _preferred_gate(loss, cost, price).reshape(-1)
+    blend = (1 - tail_weight) * loss + tail_weight * tail
+    flat_blend, flat_cost, flat_loss = (table.reshape(settings * ratios, -1) for table in (blend, cost, loss))
+    price = _price_for(flat_blend, flat_cost, flat_loss, delta)
+    gate = _preferred_gate(blend, cost, price).reshape(-1)
     columns = np.arange(num_layers * heads)
-    own_loss = loss.reshape(settings, ratios, -1)[gate, :, columns].T
-    own_cost = cost.reshape(settings, ratios, -1)[gate, :, columns].T
+    own_blend, own_cost, own_loss, own_tail = (
+        table.reshape(settings, ratios, -1)[gate, :, columns].T for table in (blend, cost, loss, tail)
+    )
     rows: list[np.ndarray] = []
     for target in targets:
-        choice = _choose(own_loss, own_cost, _price_for(own_loss, own_cost, target))
+        choice = _choose(own_blend, own_cost, _price_for(own_blend, own_cost, own_loss, target))
         if not rows or (choice >= rows[-1]).all() and (choice > rows[-1]).any():
             rows.append(choice)
     if (rows[-1] < ratios - 1).any():
@@ -187,7 +207,9 @@ def fit_dial(statistics: TimeStatistics, delta: float, targets: np.ndarray) -> D
         lam=budget.mean(axis=1),
         budget_ratio=budget.reshape(-1, num_layers, heads),
         setting=[[statistics.settings[g] for g in row] for row in gate.reshape(num_layers, heads)],
+        scan=scan,
         loss=own_loss[table, columns].mean(axis=1),
+        tail=own_tail[table, columns].mean(axis=1),
         cost=own_cost[table, columns].mean(axis=1),
     )
 
@@ -198,13 +220,13 @@ def _choose(loss: np.ndarray, cost: np.ndarray, price: float) -> np.ndarray:
     return total.shape[0] - 1 - np.asarray(total[::-1].argmin(axis=0))
 
 
-def _price_for(loss: np.ndarray, cost: np.ndarray, target: float) -> float:
-    """Smallest price (by bisection on its logarithm) at which the mean loss is at most `target`."""
+def _price_for(blend: np.ndarray, cost: np.ndarray, loss: np.ndarray, target: float) -> float:
+    """Smallest price of the blend (bisecting its logarithm) at which the mean loss is at most `target`."""
     low, high = -6.0, 9.0
     columns = np.arange(loss.shape[1])
     for _ in range(60):
         middle = (low + high) / 2
-        mean = loss[_choose(loss, cost, np.exp(middle)), columns].mean()
+        mean = loss[_choose(blend, cost, np.exp(middle)), columns].mean()
         low, high = (low, middle) if mean <= target else (middle, high)
     return float(np.exp(high))
 
@@ -215,7 +237,7 @@ def _preferred_gate(loss: np.ndarray, cost: np.ndarray, price: float) -> np.ndar
     return np.asarray(total.min(axis=1).argmin(axis=0))
 
 
-def dense_dial(statistics: TimeStatistics) -> Dial:
+def dense_dial(statistics: TimeStatistics, scan: Scan) -> Dial:
     """Two points for a calibration without the time axis: depth and layer axes on with full budgets, and
     dense."""
     _, _, num_layers, heads = statistics.loss.shape
@@ -230,6 +252,8 @@ def dense_dial(statistics: TimeStatistics) -> Dial:
         lam=budget.mean(axis=(1, 2)),
         budget_ratio=budget,
         setting=[[statistics.settings[0]] * heads for _ in range(num_layers)],
+        scan=scan,
         loss=np.zeros(2),
+        tail=np.zeros(2),
         cost=np.ones(2),
     )

@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from prhs_calibration.corpus import Prompt
+from prhs_calibration.statistics import worst_steps
 from prhs_kernels.errors import InputError
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attention import LayerObservation
@@ -26,22 +27,17 @@ class LossMeter:
 
     `loss` `[L, Hq]`: mean over the decode steps of the total variation between dense and sparse attention,
     which is the dropped mass where the sparse rows are a truncation, and covers replaced keys where a prefix
-    was frozen.
+    was frozen. `tail` `[L, Hq]`: the same over the worst steps of each head.
     """
 
     def __init__(self, num_layers: int, num_qo_heads: int) -> None:
-        self.loss = np.zeros((num_layers, num_qo_heads))
+        self.loss, self.tail = np.zeros((2, num_layers, num_qo_heads))
         self.reused = False
 
     def __call__(self, rows: LayerObservation) -> None:
-        gap = (rows.dense_probs - rows.sparse_probs).clamp(min=0).sum(-1).mean(-1)
-        self.loss[rows.layer] = gap.double().cpu().numpy()
+        gap = (rows.dense_probs - rows.sparse_probs).clamp(min=0).sum(-1).double().cpu().numpy()
+        self.loss[rows.layer], self.tail[rows.layer] = gap.mean(-1), worst_steps(gap)
         self.reused |= bool((rows.contested & ~rows.retrieved).any())
-
-    @property
-    def mean(self) -> float:
-        """The prompt's loss: all layers and query heads with equal weight."""
-        return float(self.loss.mean())
 
 
 def observe(
@@ -69,15 +65,26 @@ def closed_loop_losses(
     settings: Sequence[SelectorParams],
     report: Callable[[int, int], None],
 ) -> np.ndarray:
-    """Closed-loop loss of every prompt under every setting: `[prompts, settings]` float64.
+    """Closed-loop loss of every prompt under every setting: `[prompts, settings]` float64."""
+    return closed_loop(model, prompts, settings, report)[0]
 
+
+def closed_loop(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    settings: Sequence[SelectorParams],
+    report: Callable[[int, int], None],
+) -> np.ndarray:
+    """Loss and tail of every prompt under every setting, closed loop: `[2, prompts, settings]` float64.
+
+    The loss is the mean dropped mass over steps, layers and heads, the tail that of each head's worst steps.
     Settings that agree in depth and layer axes share the prompt's prefill. A setting with every axis off is
     dense attention, whose loss is 0 by definition and is not run.
 
     Raises:
         InputError: time axes were on, some could have shared, and no step of any prompt reused a set.
     """
-    losses = np.zeros((len(prompts), len(settings)))
+    losses = np.zeros((2, len(prompts), len(settings)))
     sparse = [(column, params) for column, params in enumerate(settings) if not params.is_dense]
     reused, may_reuse = False, any(_can_share(params) for _, params in sparse)
     for row, prompt in enumerate(prompts):
@@ -88,7 +95,7 @@ def closed_loop_losses(
                 for column, params in group:
                     meter = LossMeter(params.num_layers, params.num_qo_heads)
                     prepared.run(params, meter)
-                    losses[row, column] = meter.mean
+                    losses[:, row, column] = meter.loss.mean(), meter.tail.mean()
                     reused |= meter.reused
     report(len(prompts), len(prompts))
     if may_reuse and not reused:

@@ -22,6 +22,9 @@ BUDGET_RATIOS = (0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.14, 0.2, 0.28, 0.
 # Window starts and frozen fractions, relative to the query position and the prompt length.
 FRACTIONS = tuple(i / 20 for i in range(20))
 NUM_BINS = 20  # relative positions of the similarity statistics
+TAIL_SHARE = 0.05  # of a prompt's decode steps: the worst ones, where what a head is there for gets lost
+THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # of the cosine
+BLOCKS = (2, 4, 8, 16, 32)  # decode steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +39,32 @@ class GateSetting:
 
 def gate_settings() -> tuple[GateSetting, ...]:
     """The settings that calibration compares: per-step retrieval, then both cosines at several s, τ and r."""
-    shared = itertools.product(tuple(Gate)[1:], (0.0, 0.3, 0.5, 0.7, 0.8, 0.9), (8, 16, 32), (0, 1))
+    shared = itertools.product(tuple(Gate)[1:], THRESHOLDS, BLOCKS, (0, 1))
     never = [GateSetting(Gate.NEVER, 1.0, 1, radius) for radius in (0, 1)]
     return (*never, *(GateSetting(*setting) for setting in shared))
 
 
-class TimeStatistics:
-    """What sharing and truncation cost each head: loss, kept fraction and retrieval ratio (CIS).
+def budget_sizes(num_visible: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
+    """The k of every ratio, `[steps, ratios]`, from what each step sees and may choose from, `[steps]`."""
+    ratios = torch.tensor(BUDGET_RATIOS, device=num_visible.device)  # fp32, as a bundle stores them
+    wanted = (num_visible[:, None].double() * ratios).floor().long()
+    return torch.minimum(wanted, available[:, None])
 
-    After the last prompt: `loss`, `kept` `[settings, ratios, L, H]` (mean dropped mass over the group; mean
-    kept fraction) and `retrieval_ratio` `[settings, L, H]`, all float64. `cosine` `[2, distances, L, H]` is
-    the mean of the smallest cosine in the group between queries 1, 2, 4 and 8 steps apart, after and before
-    RoPE.
+
+def worst_steps(loss: np.ndarray) -> np.ndarray:
+    """Mean over the worst `TAIL_SHARE` of the steps (last axis), at least one of them."""
+    steps = loss.shape[-1]
+    count = max(1, round(TAIL_SHARE * steps))
+    return np.asarray(np.partition(loss, steps - count, axis=-1)[..., steps - count :].mean(-1))
+
+
+class TimeStatistics:
+    """What sharing and truncation cost each head: loss, its tail, kept fraction and retrieval ratio (CIS).
+
+    After the last prompt: `loss`, `tail`, `kept` `[settings, ratios, L, H]` (dropped mass, averaged over the
+    group: mean over the steps, mean over the worst `TAIL_SHARE` of each prompt's steps; mean kept fraction)
+    and `retrieval_ratio` `[settings, L, H]`, all float64. `cosine` `[2, distances, L, H]` is the mean of the
+    smallest cosine in the group between queries 1, 2, 4 and 8 steps apart, after and before RoPE.
     """
 
     DISTANCES = (1, 2, 4, 8)
@@ -57,7 +74,7 @@ class TimeStatistics:
         self.num_sinks, self.num_local = num_sinks, num_local
         heads = (num_layers, num_kv_heads)
         self._loss = np.zeros((len(self.settings), len(BUDGET_RATIOS), *heads))
-        self._kept = np.zeros_like(self._loss)
+        self._tail, self._kept = np.zeros_like(self._loss), np.zeros_like(self._loss)
         self._retrieved = np.zeros((len(self.settings), *heads))
         self._cosine = np.zeros((2, len(self.DISTANCES), *heads))
         self.prompts = np.zeros(num_layers, dtype=np.int64)
@@ -72,9 +89,12 @@ class TimeStatistics:
         }
         steps = np.arange(loss.shape[3])
         heads = np.arange(loss.shape[2])[:, None]
-        for index, setting in enumerate(self.settings):
-            anchor = _walk(cosines.get(setting.gate), setting, heads.shape[0], steps.shape[0])
-            self._loss[index, :, layer] += loss[setting.dilation][:, heads, steps, anchor].mean(-1)
+        for index, (setting, anchor) in enumerate(
+            zip(self.settings, _anchors(cosines, self.settings), strict=True)
+        ):
+            dropped = loss[setting.dilation][:, heads, steps, anchor]
+            self._loss[index, :, layer] += dropped.mean(-1)
+            self._tail[index, :, layer] += worst_steps(dropped)
             self._kept[index, :, layer] += kept[setting.dilation][:, heads, steps, anchor].mean(-1)
             self._retrieved[index, layer] += (anchor == steps).mean(-1)
         for kind, gate in enumerate((Gate.POST_ROPE, Gate.PRE_ROPE)):
@@ -97,7 +117,8 @@ class TimeStatistics:
         local = allowed & (keys > rows.positions[:, None] - self.num_local)
         middle = allowed & ~sinks & ~local
         weights = rows.dense_probs.view(num_heads, -1, steps, n)
-        ranks, sizes = self._ranks(weights, allowed, middle, rows.visible.sum(-1))
+        ranks = self._ranks(weights, allowed, middle)
+        sizes = budget_sizes(rows.visible.sum(-1), middle.sum(-1))
         mass = weights.mean(dim=1)  # [H, t, n]: the loss is linear, so the group can be averaged first
         in_window = mass * allowed
         always = (in_window * sinks).sum(-1)
@@ -128,23 +149,20 @@ class TimeStatistics:
         return torch.stack(losses).view(shape).cpu().numpy(), torch.stack(kepts).view(shape).cpu().numpy()
 
     @staticmethod
-    def _ranks(
-        weights: torch.Tensor, allowed: torch.Tensor, middle: torch.Tensor, num_visible: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ranks `[H, steps, n]` of the middle positions and the k of every ratio `[steps, ratios]`."""
+    def _ranks(weights: torch.Tensor, allowed: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
+        """Ranks of the middle positions, -1 elsewhere: `[H, steps, n]`."""
         inside = weights * allowed
         importance = (inside / inside.sum(-1, keepdim=True)).sum(dim=1)
-        ratios = torch.tensor(BUDGET_RATIOS, device=weights.device)  # fp32, as a bundle stores them
-        wanted = (num_visible[:, None].double() * ratios).floor().long()
-        available = middle.sum(-1)
-        sizes = torch.minimum(wanted, available[:, None])
-        heads = importance.shape[0]
-        ranks = retrieve.top_positions(importance, middle.expand(heads, -1, -1), available.expand(heads, -1))
-        return ranks, sizes
+        heads, available = importance.shape[0], middle.sum(-1)
+        return retrieve.top_positions(importance, middle.expand(heads, -1, -1), available.expand(heads, -1))
 
     @property
     def loss(self) -> np.ndarray:
         return self._loss / self._count()
+
+    @property
+    def tail(self) -> np.ndarray:
+        return self._tail / self._count()
 
     @property
     def kept(self) -> np.ndarray:
@@ -169,16 +187,23 @@ def _group_cosine(query: torch.Tensor, num_kv_heads: int) -> np.ndarray:
     return pairs.view(num_kv_heads, -1, *pairs.shape[1:]).amin(dim=1).cpu().numpy()
 
 
-def _walk(cosine: np.ndarray | None, setting: GateSetting, num_heads: int, steps: int) -> np.ndarray:
-    """Anchor of every step under a setting, `[H, steps]`; the rule of `selectors.cis` with re-anchoring."""
-    if cosine is None:
-        return np.broadcast_to(np.arange(steps), (num_heads, steps))
-    anchor = np.zeros((num_heads, steps), dtype=np.int64)
-    heads = np.arange(num_heads)
+def _anchors(cosine: dict[Gate, np.ndarray], settings: tuple[GateSetting, ...]) -> np.ndarray:
+    """Anchor of every step under every setting, `[settings, H, steps]`.
+
+    The rule of `selectors.cis` with re-anchoring, for all settings at once. cosine: `[H, steps, steps]` of
+    each gate.
+    """
+    num_heads, steps = next(iter(cosine.values())).shape[:2]
+    block = np.array([setting.block for setting in settings])[:, None]
+    tau = np.array([setting.tau_cos for setting in settings])[:, None]
+    kind = np.array([max(setting.gate - 1, 0) for setting in settings])[:, None]  # of NEVER: its block is 1
+    table = np.stack([cosine[gate] for gate in tuple(Gate)[1:]])
+    anchor = np.zeros((len(settings), num_heads, steps), dtype=np.int64)
+    heads = np.arange(num_heads)[None, :]
     for step in range(1, steps):
-        last = anchor[:, step - 1]
-        share = (step - last < setting.block) & (cosine[heads, step, last] > setting.tau_cos)
-        anchor[:, step] = np.where(share, last, step)
+        last = anchor[:, :, step - 1]
+        share = (step - last < block) & (table[kind, heads, step, last] > tau)
+        anchor[:, :, step] = np.where(share, last, step)
     return anchor
 
 

@@ -15,6 +15,7 @@ from prhs_calibration.bundle import Bundle
 from prhs_calibration.comparison import compare_attention
 from prhs_calibration.models import LoadedModel
 from prhs_calibration.profile import DECODE_STEPS, Progress
+from prhs_calibration.statistics import TAIL_SHARE, worst_steps
 from prhs_kernels.errors import InputError, UsageError
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import dense_params
@@ -33,9 +34,11 @@ class VerificationReport:
     delta: the bound asked for. decision: verdict and interval over prompts. losses: `[prompts]`.
     dropped_mass, information_dense, information_sparse, information_gap (mean absolute difference), fano,
     marginal: `[L, Hq]` means over prompts, the bounds evaluated prompt by prompt. fano_of_delta: the bound at
-    δ itself, for the longest context. prefill_dropped: `[L]`, decode steps apart. output_tv: mean total
-    variation of next-token distributions on the first `output_prompts` prompts. violations: theorems that
-    failed numerically, a bug in this code.
+    δ itself, for the longest context. tail: `[L, Hq]`, dropped mass of the worst steps (`worst_steps`) of
+    each prompt, a measured figure that nothing promises. prefill_dropped: `[L]`, decode steps apart.
+    output_tv: mean total variation of next-token distributions on the first `output_prompts` prompts.
+    violations: theorems that failed numerically, a bug in this code. kinds: number, mean dropped mass and
+    tail of each kind of prompt.
     """
 
     delta: float
@@ -45,6 +48,7 @@ class VerificationReport:
     decision: risk.Decision
     losses: np.ndarray
     dropped_mass: np.ndarray
+    tail: np.ndarray
     information_dense: np.ndarray
     information_sparse: np.ndarray
     information_gap: np.ndarray
@@ -59,6 +63,7 @@ class VerificationReport:
     stats: dict[str, float]
     violations: list[dict[str, Any]]
     case: dict[str, torch.Tensor] | None
+    kinds: dict[str, dict[str, float]]
 
     @property
     def verdict(self) -> str:
@@ -79,6 +84,7 @@ class VerificationReport:
             for name in (
                 "losses",
                 "dropped_mass",
+                "tail",
                 "information_dense",
                 "information_sparse",
                 "information_gap",
@@ -99,6 +105,8 @@ class VerificationReport:
             "worst_head": head,
             "worst_dropped_mass": float(self.dropped_mass[layer, head]),
             "worst_layer_mean": int(self.dropped_mass.mean(axis=1).argmax()),
+            "tail_share": TAIL_SHARE,
+            "tail_mean": float(self.tail.mean()),
             "mean_over_sparse_layers": self.mean_over_sparse_layers,
             "sparse_layers": self.sparse_layers,
             "fano_of_delta": self.fano_of_delta,
@@ -106,6 +114,7 @@ class VerificationReport:
             "output_prompts": self.output_prompts,
             "decode_steps": self.decode_steps,
             "stats": self.stats,
+            "kinds": self.kinds,
             "violations": self.violations,
             **arrays,
         }
@@ -123,6 +132,7 @@ class _Measurement:
         shape = (params.num_layers, params.num_qo_heads)
         names = (
             "dropped_mass",
+            "tail",
             "information_dense",
             "information_sparse",
             "information_gap",
@@ -140,6 +150,7 @@ class _Measurement:
         kept = rows.kept.repeat_interleave(self.params.group_size, dim=0)
         compared = compare_attention(rows.dense_probs, rows.sparse_probs, None if frozen else kept)
         gap = compared.information_loss.abs()
+        dropped = (rows.dense_probs - rows.sparse_probs).clamp(min=0).sum(-1)
         values = {
             "dropped_mass": compared.delta_mean,
             "information_dense": compared.information_dense,
@@ -150,6 +161,7 @@ class _Measurement:
         }
         for name, value in values.items():
             self.tables[name][rows.layer] = value.cpu().numpy()
+        self.tables["tail"][rows.layer] = worst_steps(dropped.double().cpu().numpy())
         self.contested |= bool(rows.contested.any())
         self.reused |= bool((rows.contested & ~rows.retrieved).any())
         for theorem in compared.violations:
@@ -236,7 +248,20 @@ def verify_bound(
         stats=stats.to_dict(),
         violations=[violation for m in measured for violation in m.violations],
         case=next((m.case for m in measured if m.case is not None), None),
+        kinds=_by_kind([prompt.kind for prompt in prompts], losses, tables["tail"].mean(axis=(1, 2))),
     )
+
+
+def _by_kind(kinds: list[str], losses: np.ndarray, tails: np.ndarray) -> dict[str, dict[str, float]]:
+    found = {}
+    for kind in sorted(set(kinds)):
+        mine = np.array([other == kind for other in kinds])
+        found[kind] = {
+            "prompts": int(mine.sum()),
+            "dropped_mass": float(losses[mine].mean()),
+            "tail": float(tails[mine].mean()),
+        }
+    return found
 
 
 def _check_reuse(params: SelectorParams, measured: list[_Measurement]) -> None:

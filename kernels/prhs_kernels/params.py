@@ -13,6 +13,7 @@ import math
 import torch
 
 from prhs_kernels.errors import InputError
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 
 
 class Gate(enum.IntEnum):
@@ -95,6 +96,7 @@ class SelectorParams:
     time: TimeParams | None = None
     depth: DepthParams | None = None
     layer: LayerParams | None = None
+    key_copy: KeyCopyKind = KeyCopyKind.EXACT  # what a retrieval reads to rank the middle positions
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_qo_heads % self.num_kv_heads:
@@ -115,6 +117,14 @@ class SelectorParams:
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def scan_row(self) -> float:
+        """Bytes a scan reads per position, as a fraction of a key in a cache of 16-bit elements.
+
+        The convention of every figure on KV bytes, whatever dtype the cache of a run has.
+        """
+        return self.key_copy.scan_bytes(self.head_dim, 2) / (2 * self.head_dim)
 
     @property
     def is_dense(self) -> bool:

@@ -52,6 +52,12 @@ def command(
     axes: Annotated[
         str, typer.Option(metavar="A,B,…", help="Selectors to use, of time, depth and layer.")
     ] = "time,depth,layer",
+    key_copy: Annotated[
+        Literal["auto", "exact", "int8", "fp8", "int4"],
+        typer.Option(
+            help="What retrievals scan: keys or a copy of fewer bits; auto: what reads the fewest bytes."
+        ),
+    ] = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print the cost in time and memory.")
     ] = False,
@@ -90,6 +96,7 @@ def command(
             sources=corpus,
             seed=seed,
             axes=frozenset(options.split_list(axes)),
+            key_copy=key_copy,
             target=target,
             progress=progress,
         )
@@ -127,11 +134,22 @@ def _render(path: Path, summary: dict[str, Any]) -> list[Any]:
         "prompts": ", ".join(f"{split} {count}" for split, count in summary["prompts"].items()),
         "operating point": f"λ = {summary['lambda']:.4g} (point {summary['dial_index'] + 1} of "
         f"{summary['dial_points']}), mean loss {summary['risk']:.4g}",
+        f"worst {summary['tail_share']:.0%} of steps": f"{summary['tail']:.4g}; measured, not promised",
         **axes,
+        "retrievals scan": _scan(summary),
         "heads that share sets": f"{summary['heads_that_share']} of {summary['heads']}",
         "KV bytes read / dense": f"{summary['predicted_cost']:.4g} predicted, scans included",
     }
     return [pairs(facts), f"wrote {path}"]
+
+
+def _scan(summary: dict[str, Any]) -> str:
+    """The kind of key copy in use, and what was predicted for every kind compared."""
+    compared = ", ".join(
+        f"{found['kind']} {found['predicted_cost']:.4g} (recall {found['recall']:.3f})"
+        for found in summary["key_copies"]
+    )
+    return f"{summary['key_copy']} keys" + (f"; KV bytes predicted: {compared}" if compared else "")
 
 
 def _axis(found: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import nan
 from typing import TYPE_CHECKING, Any
 
 from prhs_cli import options
@@ -32,11 +33,15 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     """Plain values: metadata, axes, the dial with its measured loss, budgets at the operating point."""
     import dataclasses
 
+    import torch
+
     metadata, index = bundle.metadata, bundle.metadata.dial_index
     tensors = {name: bundle.tensors[f"time/{name}"] for name in ("gate", "tau_cos", "block", "dilation")}
     ratio, tokens = bundle.tensors["time/budget_ratio"][index], bundle.tensors["time/budget_tokens"][index]
     points = zip(bundle.dial.tolist(), bundle.mean_loss.tolist(), strict=True)
     dial = [{"lambda": lam, "mean_loss": loss} for lam, loss in points]
+    for point, tail in zip(dial, bundle.tensors.get("profile/tail", torch.tensor([])).tolist(), strict=False):
+        point["tail"] = tail
     return {
         "path": str(bundle.path),
         "metadata": dataclasses.asdict(metadata),
@@ -66,7 +71,9 @@ def _render(data: dict[str, Any]) -> list[Any]:
         "promise": f"dropped mass at most δ = {metadata['delta']:g}, {_target(metadata)}",
         "prompts": _join(metadata["split_sizes"], ("fit", "select", "verify"))
         + f", up to {metadata['context_length']} tokens",
-        "operating point": f"λ = {point['lambda']:.4g}, mean loss {point['mean_loss']:.4g} on select prompts",
+        "operating point": f"λ = {point['lambda']:.4g}, mean loss {point['mean_loss']:.4g} on select prompts"
+        + (f", {point['tail']:.4g} in the worst steps (measured)" if "tail" in point else ""),
+        "retrievals scan": f"{metadata['key_copy']} keys",
         "always kept": f"{metadata['num_sinks']} sinks, {metadata['num_local']} local positions",
         "depth axis (PSAW)": _axis(data["depth"]),
         "layer axis (ETF)": _axis(data["layer"], f", {metadata['freeze_mode']}"),
@@ -95,11 +102,11 @@ def _heads(time: dict[str, Any]) -> Any:
 
 def _dial(dial: list[dict[str, float]], operating: int) -> Any:
     rows = [
-        [f"{p['lambda']:.4g}{' *' * (i == operating)}", f"{p['mean_loss']:.4g}"] for i, p in enumerate(dial)
+        [f"{p['lambda']:.4g}{' *' * (i == operating)}", f"{p['mean_loss']:.4g}", f"{p.get('tail', nan):.4g}"]
+        for i, p in enumerate(dial)
     ]
-    return table(
-        ["λ (* operating point)", "mean loss on the select prompts"], rows, title="risk curve, closed loop"
-    )
+    columns = ["λ (* operating point)", "mean loss on the select prompts", "in the worst steps"]
+    return table(columns, rows, title="risk curve, closed loop")
 
 
 def _shared(values: Any) -> str:

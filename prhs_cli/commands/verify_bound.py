@@ -94,6 +94,10 @@ def _render(data: dict[str, Any]) -> list[Any]:
         "asked": f"δ = {data['delta']:g} at λ = {data['lambda']:.4g}",
         "measured on": f"{decision['num_prompts']} held-out prompts, {data['decode_steps']} decode steps, "
         f"{data['loop']} loop",
+        f"worst {data['tail_share']:.0%} of steps": f"{data['tail_mean']:.4g}; measured, not promised",
+        "by kind of prompt": ", ".join(
+            f"{kind} {found['dropped_mass']:.4g}" for kind, found in data["kinds"].items()
+        ),
         "worst head": f"layer {layer}, head {head}: {data['worst_dropped_mass']:.4g}",
         "mean over sparse layers": data["mean_over_sparse_layers"],
         "Fano bound at δ": f"{data['fano_of_delta']:.4g} nats",

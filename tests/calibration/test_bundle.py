@@ -18,6 +18,7 @@ from prhs_calibration import bundle_store, files, risk
 from prhs_calibration.bundle import Bundle, BundleMetadata, read_metadata
 from prhs_calibration.fingerprint import fingerprint_of
 from prhs_kernels.errors import InputError, ResourceError, UsageError
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.params import FreezeMode
 from prhs_kernels.testing.models import tiny_config
 
@@ -229,6 +230,7 @@ def test_future_version_is_named_before_its_new_fields(path: pathlib.Path) -> No
         ("target", "certain"),
         ("freeze_mode", "melt"),
         ("key_copy", "fp64"),
+        ("key_copy", "int2"),
         ("num_local", 0),
         ("num_sinks", -1),
         ("context_length", 0),
@@ -520,3 +522,15 @@ def test_missing_embedded_bundle(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(bundle_store, "__file__", str(tmp_path / "bundle_store.py"))
     with pytest.raises(InputError, match="install prhs again"):
         bundle_store.reference_bundle_path()
+
+
+def test_bundles_from_before_key_copies_scan_exactly(path: pathlib.Path) -> None:
+    write_raw(path, make_tensors(), json.loads(make_metadata().to_json()) | {"key_copy": "bf16"})
+    old = Bundle.load(path)
+    assert old.metadata.key_copy == "exact" and old.params(0).key_copy == KeyCopyKind.EXACT
+
+
+def test_the_key_copy_reaches_the_selectors(path: pathlib.Path) -> None:
+    for kind in KeyCopyKind:
+        Bundle(make_metadata(key_copy=kind.value), make_tensors()).save(path)
+        assert Bundle.load(path).params(0).key_copy == kind

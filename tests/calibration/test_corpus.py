@@ -1,6 +1,7 @@
 """Prompts: exact lengths, disjoint splits, determinism, planted facts, users' own text."""
 
 import json
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer
 
-from prhs_calibration import corpus
+from prhs_calibration import corpus, planting
 from prhs_calibration.reference_model import reference_path
 from prhs_calibration.reference_model.recall import NAMES
 from prhs_kernels.errors import InputError, UsageError
@@ -42,8 +43,54 @@ def test_largest_asked_for_counts_fit_without_overlap(tokenizer):
         lengths = [len(prompt.input_ids) for prompt in prompts]
         assert min(lengths) >= 512 and max(lengths) <= 2048
         assert 1150 < sum(lengths) / count < 1420  # uniform on 512..2048: mean 1280, standard error < 56
-        assert 0.3 < sum(prompt.kind == "recall" for prompt in prompts) / count < 0.7
+        for kind, share in planting.KINDS.items():
+            found = sum(prompt.kind == kind for prompt in prompts) / count
+            assert abs(found - share) < 4 * (share * (1 - share) / count) ** 0.5, kind
         assert all(len(prompt.input_ids) - prompt.prefill_length == 64 for prompt in prompts)
+
+
+def test_long_contexts_are_filled_up_with_records(tokenizer):
+    """128 prompts of up to 8,192 tokens hold more than the split's text; none of it is used twice."""
+    prompts = corpus.build(tokenizer, count=128, context_length=8192, seed=0, split="select")
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    assert max(lengths) <= 8192 and 3900 < sum(lengths) / 128 < 4800  # mean 4352, standard error < 200
+    long = [prompt for prompt in prompts if len(prompt.input_ids) > 4096]
+    text = {tuple(ids) for prompt in long for ids in text_lines(tokenizer, prompt)}
+    assert all(text_lines(tokenizer, prompt) for prompt in long)
+    used = [sum(map(len, text_lines(tokenizer, prompt))) for prompt in long]
+    assert max(used) <= 1.1 * planting.TEXT_TOKENS and min(used) > 0.15 * planting.TEXT_TOKENS
+    repeated = sum(map(len, (line for p in long for line in text_lines(tokenizer, p))))
+    assert sum(map(len, text)) > 0.9 * repeated
+
+
+def text_lines(tokenizer, prompt):
+    """Token ids of the prompt's lines that stand in the built-in text, long enough to be told apart."""
+    lines = tokenizer.decode(prompt.input_ids).splitlines()
+    found = [line for line in lines if len(line) > 30 and line in built_in_lines()]
+    return [tokenizer(line).input_ids for line in found]
+
+
+@lru_cache
+def built_in_lines():
+    return frozenset(corpus.built_in_text().splitlines())
+
+
+def test_a_copied_passage_was_stated_before(tokenizer):
+    made = corpus.build(tokenizer, count=40, context_length=1500, seed=1, split="fit")
+    copies = [prompt for prompt in made if prompt.kind == "copy"]
+    assert len(copies) > 3
+    for prompt in copies:
+        stated = tokenizer.decode(prompt.input_ids[: prompt.prefill_length])
+        words = tokenizer.decode(prompt.input_ids[prompt.prefill_length :]).split()
+        passage = " ".join(words[-15:])
+        assert passage in stated, "the decode steps repeat a passage word by word"
+
+
+@pytest.mark.parametrize("length", [150, 400])
+def test_prompts_too_short_for_what_is_planted_are_text(tokenizer, length):
+    made = corpus.build(tokenizer, count=30, context_length=length, seed=1, split="fit", decode_steps=32)
+    assert all(len(prompt.input_ids) <= length for prompt in made)
+    assert {prompt.kind for prompt in made} <= set(planting.KINDS)
 
 
 def test_splits_share_no_text_even_with_other_seeds_and_lengths(tokenizer):
@@ -57,7 +104,7 @@ def test_splits_share_no_text_even_with_other_seeds_and_lengths(tokenizer):
     again = corpus.build(tokenizer, count=20, context_length=2048, seed=5, split="verify")
     more = corpus.build(tokenizer, count=400, context_length=2048, seed=2, split="verify")
     runs = [set().union(*map(shingles, prompts)) for prompts in (again, more)]
-    assert len(runs[0] & runs[1]) > 0.5 * len(runs[0])  # the measure does see shared regions
+    assert len(runs[0] & runs[1]) > 0.1 * len(runs[0])  # the measure does see shared regions
 
 
 def test_prompts_of_one_split_do_not_overlap(tokenizer):
@@ -92,7 +139,7 @@ def test_same_arguments_same_prompts(tokenizer):
 @pytest.mark.parametrize("kind", ["reference", "characters"])
 def test_question_and_answer_lie_in_the_decode_steps_and_the_fact_before(tokenizer, kind):
     tokenizer = tokenizer if kind == "reference" else CharacterTokenizer()
-    made = corpus.build(tokenizer, count=30, context_length=1200, seed=4, split="verify", decode_steps=70)
+    made = corpus.build(tokenizer, count=60, context_length=1200, seed=4, split="verify", decode_steps=70)
     recall = [prompt for prompt in made if prompt.kind == "recall"]
     assert len(recall) > 5 and all(512 <= len(prompt.input_ids) <= 1200 for prompt in made)
     for prompt in recall:

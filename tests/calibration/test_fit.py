@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from prhs_calibration import fit
+from prhs_calibration.key_copies import Scan
 from prhs_calibration.statistics import BUDGET_RATIOS, FRACTIONS, TimeStatistics, gate_settings
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.params import DepthParams, Gate
 
 RATIOS = np.array(BUDGET_RATIOS)
 TARGETS = np.geomspace(0.3, 0.003, 11)
+EXACT = Scan(KeyCopyKind.EXACT, 1.0, np.zeros(1), np.ones(len(RATIOS)))
 
 
 def planted_loss(num_layers: int, start: int, base: float, tolerance: float) -> np.ndarray:
@@ -60,9 +63,12 @@ def test_tolerated_fractions_do_not_trust_a_dip() -> None:
     assert FRACTIONS[4] <= found < FRACTIONS[5]
 
 
-def statistics(decay: np.ndarray, share_loss: float, ratio: float) -> TimeStatistics:
+def statistics(
+    decay: np.ndarray, share_loss: float, ratio: float, tail_factor: np.ndarray | None = None
+) -> TimeStatistics:
     """Heads whose loss decays exponentially in the budget; sharing adds `share_loss` and scans `ratio` of the
-    steps."""
+    steps. tail_factor: how much worse the worst steps are, broadcast to `[settings, ratios, L, H]`.
+    """
     settings = gate_settings()
     num_layers, heads = decay.shape
     loss = np.empty((len(settings), len(RATIOS), num_layers, heads))
@@ -73,13 +79,14 @@ def statistics(decay: np.ndarray, share_loss: float, ratio: float) -> TimeStatis
     kept = np.broadcast_to(RATIOS[None, :, None, None], loss.shape).copy()
     retrieved = np.array([1.0 if s.gate is Gate.NEVER else ratio for s in settings])
     scans = np.broadcast_to(retrieved[:, None, None], (len(settings), num_layers, heads)).copy()
-    fake = types.SimpleNamespace(loss=loss, kept=kept, retrieval_ratio=scans, settings=settings)
+    tail = loss * (tail_factor if tail_factor is not None else 1.0)
+    fake = types.SimpleNamespace(loss=loss, tail=tail, kept=kept, retrieval_ratio=scans, settings=settings)
     return fake  # type: ignore[return-value]
 
 
 def test_the_dial_is_nested_ends_dense_and_loses_less_and_less() -> None:
     rng = np.random.default_rng(0)
-    dial = fit.fit_dial(statistics(rng.uniform(2, 60, (4, 2)), 0.1, 0.3), 0.02, TARGETS)
+    dial = fit.fit_dial(statistics(rng.uniform(2, 60, (4, 2)), 0.1, 0.3), EXACT, 0.02, TARGETS)
     assert (np.diff(dial.budget_ratio, axis=0) >= 0).all()
     assert (np.diff(dial.lam) > 0).all() and dial.lam[-1] == 1.0
     assert (np.diff(dial.loss) <= 0).all() and dial.loss[-1] == 0.0
@@ -87,14 +94,14 @@ def test_the_dial_is_nested_ends_dense_and_loses_less_and_less() -> None:
 
 
 def test_a_head_that_decays_slowly_gets_the_larger_budget() -> None:
-    dial = fit.fit_dial(statistics(np.array([[4.0, 60.0]]), 0.0, 0.2), 0.05, TARGETS)
+    dial = fit.fit_dial(statistics(np.array([[4.0, 60.0]]), 0.0, 0.2), EXACT, 0.05, TARGETS)
     middle = len(dial.lam) // 2
     assert dial.budget_ratio[middle, 0, 0] > dial.budget_ratio[middle, 0, 1]
 
 
 def test_no_other_allocation_reads_less_at_the_same_loss() -> None:
     stats = statistics(np.array([[6.0, 25.0, 50.0]]), 0.0, 1.0)
-    dial = fit.fit_dial(stats, 0.05, np.geomspace(0.2, 0.01, 7))
+    dial = fit.fit_dial(stats, EXACT, 0.05, np.geomspace(0.2, 0.01, 7))
     cost = fit.read_cost(stats.kept, stats.retrieval_ratio)[0, :, 0]
     loss = stats.loss[0, :, 0]
     for point in range(len(dial.lam)):
@@ -106,9 +113,42 @@ def test_no_other_allocation_reads_less_at_the_same_loss() -> None:
 
 @pytest.mark.parametrize(("share_loss", "shares"), [(0.0, True), (0.5, False)])
 def test_heads_share_only_where_it_pays(share_loss: float, shares: bool) -> None:
-    dial = fit.fit_dial(statistics(np.full((2, 2), 40.0), share_loss, 0.2), 0.02, TARGETS)
+    dial = fit.fit_dial(statistics(np.full((2, 2), 40.0), share_loss, 0.2), EXACT, 0.02, TARGETS)
     gates = {setting.gate for row in dial.setting for setting in row}
     assert (gates != {Gate.NEVER}) is shares
+
+
+def test_a_head_whose_worst_steps_break_does_not_share() -> None:
+    """Two heads of the same mean loss; sharing ruins the worst steps of the second one only."""
+    factor = np.ones((len(gate_settings()), 1, 1, 2))
+    factor[[setting.gate is not Gate.NEVER for setting in gate_settings()], :, :, 1] = 12.0
+    stats = statistics(np.full((1, 2), 40.0), 0.004, 0.95, factor)
+    assert all(s.gate is not Gate.NEVER for s in fit.fit_dial(stats, EXACT, 0.03, TARGETS, 0.0).setting[0])
+    first, second = fit.fit_dial(stats, EXACT, 0.03, TARGETS, 0.9).setting[0]
+    assert first.gate is not Gate.NEVER and second.gate is Gate.NEVER
+
+
+def test_budgets_meet_their_mean_loss_whatever_the_tail() -> None:
+    rng = np.random.default_rng(1)
+    stats = statistics(rng.uniform(5, 60, (4, 2)), 0.0, 0.5, rng.uniform(1, 5, (1, 1, 4, 2)))
+    dial = fit.fit_dial(stats, EXACT, 0.02, TARGETS)
+    assert dial.loss[0] <= TARGETS[0] and (dial.tail[:-1] > dial.loss[:-1]).all()
+
+
+def test_a_cheaper_scan_is_used_more_and_reads_less() -> None:
+    stats = statistics(np.full((2, 2), 40.0), 0.012, 0.85)
+    cheap = Scan(KeyCopyKind.INT4, 0.25, np.zeros(1), np.ones(len(RATIOS)))
+    dials = [fit.fit_dial(stats, scan, 0.02, TARGETS) for scan in (EXACT, cheap)]
+    assert {s.gate is Gate.NEVER for row in dials[0].setting for s in row} == {False}
+    assert {s.gate is Gate.NEVER for row in dials[1].setting for s in row} == {True}
+    assert dials[1].cost_at(0.01) < dials[0].cost_at(0.01)
+
+
+def test_a_scan_that_ranks_badly_pays_for_it() -> None:
+    stats = statistics(np.full((2, 2), 40.0), 0.02, 0.2)
+    blind = Scan(KeyCopyKind.INT4, 0.25, np.full((len(RATIOS), 2, 2), 0.05), np.full(len(RATIOS), 0.3))
+    dials = [fit.fit_dial(stats, scan, 0.02, TARGETS) for scan in (EXACT, blind)]
+    assert dials[1].cost_at(0.01) > dials[0].cost_at(0.01)
 
 
 def test_reading_costs_scans_except_in_dense_heads() -> None:
@@ -116,6 +156,7 @@ def test_reading_costs_scans_except_in_dense_heads() -> None:
     cost = fit.read_cost(kept, np.full((1, 1, 1), 0.4))
     assert cost[0, 0, 0, 0] == pytest.approx(0.25 + 0.2)
     assert cost[0, -1, 0, 0] == 1.0
+    assert fit.read_cost(kept, np.full((1, 1, 1), 0.4), 0.25)[0, 0, 0, 0] == pytest.approx(0.25 + 0.05)
 
 
 def test_the_dial_has_a_point_just_below_what_risk_control_admits() -> None:

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from prhs_calibration.statistics import BUDGET_RATIOS, FRACTIONS, DepthStatistics, GateSetting, TimeStatistics
+from prhs_calibration.statistics import (
+    BUDGET_RATIOS,
+    FRACTIONS,
+    DepthStatistics,
+    GateSetting,
+    TimeStatistics,
+    worst_steps,
+)
 from prhs_kernels.params import DepthParams, Gate, SelectorParams, TimeParams
 from prhs_kernels.runtime.attach import dense_params
 from prhs_kernels.runtime.attention import LayerObservation
@@ -69,7 +76,7 @@ def test_time_statistics_predict_the_selector(depth: DepthParams | None) -> None
     statistics = TimeStatistics(params.num_layers, params.num_kv_heads, SINKS, LOCAL)
     for rows in seen:
         statistics.add(rows)
-    settings = [0, 1, 5, 11, 22, 30, 37, 44]
+    settings = [0, 1, 5, 16, 34, 55, 75, 90, 111, 125]
     assert {statistics.settings[i].gate for i in settings} == set(Gate)
     for index in settings:
         for place in (0, 4, 8, 11):
@@ -80,12 +87,21 @@ def test_time_statistics_predict_the_selector(depth: DepthParams | None) -> None
                 dropped = 1 - (rows.dense_probs * kept).sum(-1)
                 by_head = dropped.view(params.num_kv_heads, -1).mean(-1).numpy()
                 np.testing.assert_allclose(statistics.loss[index, place, rows.layer], by_head, atol=1e-9)
+                worst = dropped.view(params.num_kv_heads, params.group_size, -1).mean(1).sort(-1).values
+                tail = worst[:, -2:].mean(-1)  # 5 % of 30 steps
+                np.testing.assert_allclose(statistics.tail[index, place, rows.layer], tail, atol=1e-9)
                 if depth is None:  # under a window the table may count a set member that has left it
                     fraction = (selection.kept[0].sum(-1).double() / rows.visible.sum(-1)).mean(-1).numpy()
                     np.testing.assert_allclose(statistics.kept[index, place, rows.layer], fraction, atol=1e-9)
                     if bool(selection.contested.all()):
                         ratio = selection.retrieved[0].double().mean(-1).numpy()
                         np.testing.assert_allclose(statistics.retrieval_ratio[index, rows.layer], ratio)
+
+
+def test_the_worst_steps_are_a_twentieth_and_at_least_one() -> None:
+    loss = np.arange(64.0)
+    assert worst_steps(np.random.default_rng(0).permutation(loss)) == 62.0  # 61, 62, 63
+    np.testing.assert_array_equal(worst_steps(np.array([[0.1, 0.3, 0.2], [0.0, 0.0, 0.5]])), [0.3, 0.5])
 
 
 def test_a_dense_head_loses_nothing() -> None:
@@ -112,7 +128,7 @@ def test_a_second_prompt_changes_every_mean_and_weighs_the_same() -> None:
     for rows in second:
         for accumulator in (other, both, depth_other, depth_both):
             accumulator.add(rows)
-    for name in ("loss", "kept", "retrieval_ratio", "cosine"):
+    for name in ("loss", "tail", "kept", "retrieval_ratio", "cosine"):
         mean = (getattr(one, name) + getattr(other, name)) / 2
         np.testing.assert_allclose(getattr(both, name), mean, atol=1e-12)
     assert not np.allclose(one.loss, both.loss)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.params import DepthParams, FreezeMode, Gate, LayerParams, SelectorParams
 from prhs_kernels.runtime.attention import LayerObservation
 from prhs_kernels.runtime.scoring import Scorer
@@ -17,6 +18,8 @@ from prhs_kernels.testing.inputs import exact_model, random_tokens, selector_par
 from prhs_kernels.testing.runs import VARIANTS, decode_steps
 
 PREFILL, STEPS = 40, 14
+# a head of 16 dimensions: 32 bytes in a 16-bit cache; codes and a scale of 4 bytes in a copy
+SCAN_ROW = {"exact": 1.0, "int8": 20 / 32, "fp8": 20 / 32, "int4": 12 / 32}
 EXACT = 1e-10  # float64 on logits of order 1: anything above is another set or another formula
 
 TIME = {"budget_tokens": [4, 6], "gate": [Gate.POST_ROPE, Gate.PRE_ROPE], "tau_cos": 0.1, "block": 5}
@@ -24,6 +27,7 @@ AXES: dict[str, dict[str, Any]] = {
     "off": {},
     "time": {"time": TIME},
     "time-ratio": {"time": {"budget_ratio": [0.1, 1.0], "tau_cos": 0.2, "block": 3, "reanchor": False}},
+    **{f"time-{kind}": {"time": TIME, "key_copy": kind} for kind in KeyCopyKind if kind != KeyCopyKind.EXACT},
     "depth": {"depth": DepthParams(1, 0.3)},
     "share": {"layer": LayerParams(0, 0.4)},
     "project": {"layer": LayerParams(1, 0.3, 1.0, FreezeMode.PROJECT)},
@@ -49,7 +53,7 @@ def expected_stats(run: naive.NaiveRun, params: SelectorParams, window: list[int
                 fraction += len(step.kept) / seen
                 retrieved, contested = retrieved + step.retrieved, contested + step.contested
                 scan = len(naive.visible(params, layer, t, window[layer])) if step.retrieved else 0
-                rows += 2 * len(step.kept) + scan + params.group_size * step.gated
+                rows += 2 * len(step.kept) + SCAN_ROW[params.key_copy] * scan + params.group_size * step.gated
     return {
         "retrieval_ratio": retrieved / contested if contested else math.nan,
         "effective_budget": kept / units,

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from prhs_kernels.params import Gate
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
+from prhs_kernels.params import Gate, SelectorParams
 from prhs_kernels.runtime.attach import dense_params, sparse_attention
 from prhs_kernels.runtime.stats import DecodeStats
 from prhs_kernels.selectors.cis import Selection
@@ -36,6 +37,19 @@ def test_a_small_case_by_hand() -> None:
     assert stats.attended_fraction == pytest.approx((2 / 4 + 3 / 5 + 1 + 1) / 4, rel=1e-12)
     # K and V of what is kept; 4 keys scanned; one gate of two anchor queries. Dense reads K and V of 18
     assert stats.kv_bytes_read == pytest.approx((2 * 14 + 4 + 2) / (2 * 18), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bytes_per_position"), [("exact", 256), ("int8", 132), ("fp8", 132), ("int4", 68)]
+)
+def test_a_scan_of_a_copy_costs_its_bytes(kind: str, bytes_per_position: int) -> None:
+    """head_dim 128 in a 16-bit cache: 256 bytes per key."""
+    params = SelectorParams(1, 1, 1, 128, key_copy=KeyCopyKind(kind))
+    visible = torch.ones(1, 1, 10, dtype=torch.bool)
+    kept, yes, no = torch.zeros(1, 1, 1, 10, dtype=torch.bool), flags([1]), flags([0])
+    stats = DecodeStats()
+    stats.add(kept, visible, visible, Selection(kept, yes, yes, no), 1, params.scan_row)
+    assert stats.kv_bytes_read == pytest.approx(10 * bytes_per_position / (2 * 10 * 256), rel=1e-12)
 
 
 def test_a_window_narrows_the_scan_but_not_what_dense_reads() -> None:

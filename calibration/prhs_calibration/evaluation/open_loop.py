@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from prhs_kernels.ops.sparse_decode.reference import grouped_scores
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.selectors import cis
 from prhs_kernels.selectors.base import Rows, candidates
@@ -36,7 +35,7 @@ class Sets(Protocol):
 
     @property
     def rows_read(self) -> torch.Tensor:
-        """`[num_kv_heads, steps]` int64, rows of K and V loaded, scan and gate included."""
+        """`[num_kv_heads, steps]`, rows of K and V loaded, scan and gate included."""
 
 
 Replay = Callable[["Prompt", "Callable[[LayerObservation], None]"], None]
@@ -44,12 +43,12 @@ Replay = Callable[["Prompt", "Callable[[LayerObservation], None]"], None]
 
 
 class _PreHocSets:
-    def __init__(self, selection: cis.Selection, allowed: torch.Tensor, group_size: int) -> None:
+    def __init__(self, selection: cis.Selection, allowed: torch.Tensor, params: SelectorParams) -> None:
         self.kept, self.retrieved = selection.kept[0], selection.retrieved[0]
         self.contested = selection.contested[0]
-        scanned = self.retrieved * allowed[0].sum(-1)
+        scanned = params.scan_row * (self.retrieved * allowed[0].sum(-1))
         # the same accounting as DecodeStats: a gate reads one anchor query per query head
-        self.rows_read = 2 * self.kept.sum(-1) + scanned + group_size * selection.gated[0]
+        self.rows_read = 2 * self.kept.sum(-1) + scanned + params.group_size * selection.gated[0]
 
 
 def decode_rows(observation: LayerObservation, memory: Memory | None = None) -> DecodeRows:
@@ -79,18 +78,18 @@ def prehoc_sets(observation: LayerObservation, params: SelectorParams) -> Sets:
     if params.time is None:
         kept = allowed[:, None].expand(-1, params.num_kv_heads, -1, -1)
         nothing = torch.zeros_like(kept[..., 0])
-        return _PreHocSets(cis.Selection(kept, nothing, nothing, nothing), allowed, params.group_size)
+        return _PreHocSets(cis.Selection(kept, nothing, nothing, nothing), allowed, params)
     selection, _ = cis.select(
         observation.query,
         observation.query_pre,
-        lambda: grouped_scores(observation.query, observation.keys, observation.scale),
+        lambda: cis.scan_scores(observation.query, observation.keys, observation.scale, params.key_copy),
         allowed,
         rows,
         params,
         observation.layer,
         None,
     )
-    return _PreHocSets(selection, allowed, params.group_size)
+    return _PreHocSets(selection, allowed, params)
 
 
 def _rows(observation: LayerObservation) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.backend import use_triton
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.ops.sparse_decode import reference as decode
 from prhs_kernels.ops.window_prefill.api import window_prefill
 from prhs_kernels.runtime.cache import PrhsCache
@@ -188,7 +190,7 @@ def _decode(
         return table[0]
 
     if cache.selector is None:
-        kept, retrieved, contested = _own_sets(cache, layer, query, query_pre, scores, rows)
+        kept, retrieved, contested = _own_sets(cache, layer, query, query_pre, key, scores, rows, scaling)
     else:
         _check_single(rows, "a comparison selector")
         dense = _dense_probs(query, scores(), visible, None, scaling)
@@ -235,8 +237,10 @@ def _own_sets(
     layer: int,
     query: torch.Tensor,
     query_pre: torch.Tensor,
+    key: torch.Tensor,
     scores: cis.Scores,
     rows: Rows,
+    scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`kept`, `retrieved` and `contested` of `cis.Selection` under the time and depth axes, and counted."""
     params = cache.params
@@ -244,6 +248,8 @@ def _own_sets(
     selection: cis.Selection | None = None
     if params.time is not None:
         state = cache.selective(layer)
+        if params.key_copy != KeyCopyKind.EXACT:
+            scores = functools.partial(cis.scan_scores, query, key, scaling, params.key_copy)
         selection, state.anchor = cis.select(
             query, query_pre, scores, allowed, rows, params, layer, state.anchor
         )
@@ -256,7 +262,7 @@ def _own_sets(
         kept_alive, visible, candidates_alive = (table[cache.alive] for table in counted[:3])
         selection = selection and selection.rows(cache.alive)
         counted = (kept_alive, visible, candidates_alive, selection)
-    cache.stats.add(*counted, params.group_size)
+    cache.stats.add(*counted, params.group_size, params.scan_row)
     return kept, retrieved, contested
 
 

@@ -12,7 +12,10 @@ from prhs_kernels.selectors.cis import Selection
 
 @dataclasses.dataclass
 class DecodeStats:
-    """Sums over units; rows are K or V vectors of one position and KV head. Tensors stay on their device."""
+    """Sums over units; rows are K or V vectors of one position and KV head. Tensors stay on their device.
+
+    A scanned key of a low-bit copy counts as the fraction of a row that it takes in a cache of 16-bit values.
+    """
 
     units: int = 0
     kept: torch.Tensor | float = 0.0
@@ -29,6 +32,7 @@ class DecodeStats:
         candidates: torch.Tensor,
         selection: Selection | None,
         group: int,
+        scan_row: float = 1.0,
     ) -> None:
         """Record a run of steps of one layer.
 
@@ -36,6 +40,7 @@ class DecodeStats:
             kept: `[batch, num_kv_heads, steps, n]` bool; visible, candidates: `[batch, steps, n]` bool.
             selection: what CIS decided, None when the time axis is off in this layer.
             group: query heads per KV head; the gate reads that many anchor rows.
+            scan_row: rows that one scanned position costs, `SelectorParams.scan_row`.
         """
         self.rows_read = self.rows_read + 2 * self._count(kept, visible)
         if selection is None:
@@ -43,7 +48,7 @@ class DecodeStats:
         scanned = (selection.retrieved * candidates.sum(-1)[:, None, :]).double().sum()
         self.retrieved = self.retrieved + selection.retrieved.double().sum()
         self.contested = self.contested + selection.contested.double().sum()
-        self.rows_read = self.rows_read + scanned + group * selection.gated.double().sum()
+        self.rows_read = self.rows_read + scan_row * scanned + group * selection.gated.double().sum()
 
     def add_choice(self, choice: Choice, visible: torch.Tensor) -> None:
         """Record a run of steps of one layer of a single sequence; visible: `[1, steps, n]` bool."""

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from prhs_kernels.ops.retrieve import reference as retrieve
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind, dequantise, quantise
+from prhs_kernels.ops.sparse_decode.reference import grouped_scores
 from prhs_kernels.params import Gate, SelectorParams, TimeParams
 from prhs_kernels.selectors.base import Rows
 
@@ -70,6 +72,22 @@ def middle_budget(time: TimeParams, layer: int, num_visible: torch.Tensor) -> to
     return torch.where((ratio >= 1)[None, :, None], num_visible[:, None, :], budget)
 
 
+def scan_scores(query: torch.Tensor, keys: torch.Tensor, scale: float, kind: KeyCopyKind) -> torch.Tensor:
+    """The scaled dot products that a scan sees: of the keys, or of their low-bit copy.
+
+    Args:
+        query: `[batch, num_qo_heads, steps, head_dim]`; keys: `[batch, num_kv_heads, n, head_dim]`.
+
+    Returns:
+        `[batch, num_kv_heads, group, steps, n]`, in fp32 or wider. A key's copy depends on that key alone.
+    """
+    if kind == KeyCopyKind.EXACT:
+        return grouped_scores(query, keys, scale)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    copy = dequantise(*quantise(keys, kind), kind).to(wide)
+    return grouped_scores(query.to(wide), copy, scale)
+
+
 def select(
     query: torch.Tensor,
     query_pre: torch.Tensor,
@@ -84,8 +102,8 @@ def select(
 
     Args:
         query, query_pre: `[batch, num_qo_heads, steps, head_dim]`, after and before RoPE.
-        scores: gives the scaled dot products `[batch, num_kv_heads, group, steps, n]`; called only if some
-            step retrieves.
+        scores: gives the scaled dot products `[batch, num_kv_heads, group, steps, n]` that a scan sees, of
+            the keys or of their low-bit copy (`scan_scores`); called only if some step retrieves.
         candidates: `[batch, steps, n]` bool, what PSAW leaves.
         state: what the previous run of this layer returned, or None after a prefill.
     """

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.params import DepthParams, Gate, LayerParams, SelectorParams, TimeParams
 from prhs_kernels.runtime.attach import dense_params
 from prhs_kernels.testing.models import SPECIAL_TOKENS, VOCAB_SIZE, tiny_model
@@ -53,6 +54,7 @@ def selector_params(
     layer: LayerParams | None = None,
     num_sinks: int = 2,
     num_local: int = 4,
+    key_copy: KeyCopyKind = KeyCopyKind.EXACT,
 ) -> SelectorParams:
     """Parameters for a tiny model; `time` holds the arguments of `time_params`, None is off."""
     dense = dense_params(config)
@@ -63,6 +65,7 @@ def selector_params(
         time=None if time is None else time_params(dense.num_layers, dense.num_kv_heads, **time),
         depth=depth,
         layer=layer,
+        key_copy=key_copy,
     )
 
 

@@ -73,6 +73,17 @@ def retrieve(scores: torch.Tensor, allowed: set[int], middle: set[int], count: i
     return (set(ranked) | neighbours) & middle
 
 
+def low_bit(key: torch.Tensor, kind: str) -> torch.Tensor:
+    """A key `[head_dim]` as its low-bit copy has it: one scale, times integers or e4m3 numbers."""
+    largest = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}[kind]
+    scale = key.float().abs().max() / largest
+    if float(scale) == 0.0:
+        return torch.zeros_like(key)
+    ratio = key.float() / scale
+    ratio = ratio.to(torch.float8_e4m3fn).float() if kind == "fp8" else ratio.round()
+    return (ratio * scale).to(key.dtype)
+
+
 def cis_step(
     params: SelectorParams,
     layer: int,
@@ -84,10 +95,11 @@ def cis_step(
     query_pre: torch.Tensor,
     scores: torch.Tensor,
     anchor: Anchor | None,
+    scan: torch.Tensor | None = None,
 ) -> tuple[Step, Anchor | None]:
     """One decode step of one KV head that dense attention lets see `seen` positions.
 
-    query, query_pre `[group, head_dim]`, scores `[group, n]`.
+    query, query_pre `[group, head_dim]`, scores `[group, n]`; scan: scores from the low-bit copy.
     """
     time = params.time
     if time is None:
@@ -110,7 +122,9 @@ def cis_step(
                 grown = {i for i in allowed if i > anchor.position - params.num_local}
                 step.kept = (anchor.chosen & allowed) | sinks | grown
                 return step, anchor
-    chosen = retrieve(scores, allowed, middle, count, int(time.dilation[layer, head]))
+    chosen = retrieve(
+        scores if scan is None else scan, allowed, middle, count, int(time.dilation[layer, head])
+    )
     step.kept, step.retrieved = chosen | sinks | local, True
     if fresh or time.reanchor:
         anchor = Anchor(query, query_pre, t, t, chosen)
@@ -191,11 +205,14 @@ class NaiveModel:
         for head in range(params.num_kv_heads):
             group = slice(head * params.group_size, (head + 1) * params.group_size)
             scores = query[group] @ keys[:, head].T * block.self_attn.scaling
-            kept = allowed
+            kept, scan = allowed, None
+            if params.key_copy != "exact":
+                copies = torch.stack([low_bit(key, params.key_copy) for key in keys[:, head]])
+                scan = query[group] @ copies.T * block.self_attn.scaling
             if decode:
                 step, self.anchors[layer][head] = cis_step(
                     params, layer, head, t, seen, allowed, query[group], query_pre[group], scores,
-                    self.anchors[layer][head],
+                    self.anchors[layer][head], scan,
                 )  # fmt: skip
                 self.steps[layer][head].append(step)
                 kept = step.kept
