@@ -14,7 +14,7 @@ from scipy.optimize import curve_fit
 from prhs_calibration.key_copies import Scan
 from prhs_calibration.statistics import BUDGET_RATIOS, FRACTIONS, GateSetting, TimeStatistics
 
-USUAL_DELTAS = (0.3, 0.2, 0.15, 0.1, 0.075, 0.05, 0.03, 0.015)
+USUAL_DELTAS = (0.3, 0.2, 0.1, 0.05, 0.03)
 NEAR = np.array([0.75, 0.84, 0.92, 0.97, 1.02])  # of the admitted loss: open and closed loop differ a little
 MARGIN = 0.93
 TAIL_WEIGHT = 0.5  # of the worst steps in the price of a loss; the mean has the rest
