@@ -18,6 +18,7 @@ from prhs_kernels.ops.backend import Backend
 from prhs_kernels.ops.rms_norm.api import rms_norm
 from prhs_kernels.ops.rope_append.api import rope_append
 from prhs_kernels.ops.silu_mul.api import silu_mul
+from prhs_kernels.ops.skinny_linear import api as skinny
 from prhs_kernels.ops.step_plan.api import StepPlan
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias of a projection
@@ -88,24 +89,24 @@ class LayerWeights:
         )
 
 
-@torch.inference_mode(False)  # or the parameters would become unfit for training
-@torch.no_grad()
 def fuse(projections: list[torch.nn.Linear]) -> Pair:
     """One weight for projections of the same input, of which theirs become views: no memory is added.
 
     Values, shapes and the parameters themselves stay what they were; a second call finds them fused.
     """
     weights: list[torch.Tensor] = [module.weight for module in projections]
-    if not _adjacent(weights):
-        whole = torch.cat([weight.detach() for weight in weights])
-        parts = whole.split([weight.shape[0] for weight in weights])
-        for weight, part in zip(weights, parts, strict=True):
-            weight.data = part
-    first = weights[0].detach()
-    rows = sum(weight.shape[0] for weight in weights)
-    fused = first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
-    biases = [module.bias for module in projections if module.bias is not None]
-    return fused, torch.cat([bias.detach() for bias in biases]) if biases else None
+    # tensors made in inference mode would make the parameters unfit for training
+    with torch.inference_mode(weights[0].is_inference()), torch.no_grad():
+        if not _adjacent(weights):
+            whole = torch.cat([weight.detach() for weight in weights])
+            parts = whole.split([weight.shape[0] for weight in weights])
+            for weight, part in zip(weights, parts, strict=True):
+                weight.data = part
+        first = weights[0].detach()
+        rows = sum(weight.shape[0] for weight in weights)
+        fused = first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
+        biases = [module.bias.detach() for module in projections if module.bias is not None]
+        return fused, torch.cat(biases) if biases else None
 
 
 def _adjacent(weights: list[torch.Tensor]) -> bool:
@@ -147,7 +148,7 @@ class DecoderStep:
                 out, layer.input_norm, layer.eps, residual=residual, backend=self.backend
             )
             query, query_pre = rope_append(
-                linear(normed, *layer.qkv),
+                self._project(normed, layer.qkv),
                 keys[index],
                 values[index],
                 cos=self.cos,
@@ -159,13 +160,27 @@ class DecoderStep:
                 eps=layer.eps,
                 backend=self.backend,
             )
-            out = linear(attend(index, query, query_pre, plan).flatten(1), *layer.o)
+            out = self._project(attend(index, query, query_pre, plan).flatten(1), layer.o)
             normed, residual = rms_norm(
                 out, layer.post_norm, layer.eps, residual=residual, backend=self.backend
             )
-            out = linear(silu_mul(linear(normed, *layer.gate_up), backend=self.backend), *layer.down)
+            out = self._project(self._activate(normed, layer.gate_up), layer.down)
         normed, _ = rms_norm(out, self.norm, self.eps, residual=residual, backend=self.backend)
         return linear(normed, *self.head)
+
+    def _skinny(self, rows: torch.Tensor, pair: Pair) -> bool:
+        return self.backend == "triton" and skinny.fits(rows.shape[0], pair[0])
+
+    def _project(self, rows: torch.Tensor, pair: Pair) -> torch.Tensor:
+        """A projection, or its partial sums; the kernel that comes next takes both."""
+        if self._skinny(rows, pair):
+            return skinny.linear_parts(rows, *pair, backend=self.backend)
+        return linear(rows, *pair)
+
+    def _activate(self, rows: torch.Tensor, pair: Pair) -> torch.Tensor:
+        if self._skinny(rows, pair):
+            return skinny.gated_linear(rows, *pair, backend=self.backend)
+        return silu_mul(linear(rows, *pair), backend=self.backend)
 
 
 def rotary_tables(model: PreTrainedModel, max_positions: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ Run by `test_triton_interpreter.py` in a process of its own, as `check_decode.py
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -15,6 +16,7 @@ from prhs_kernels.ops.retrieve.state import RetrievalState
 from prhs_kernels.ops.rms_norm.api import rms_norm
 from prhs_kernels.ops.rope_append.api import rope_append
 from prhs_kernels.ops.silu_mul.api import silu_mul
+from prhs_kernels.ops.skinny_linear.api import gated_linear, linear_parts
 from prhs_kernels.ops.step_count.api import ChosenSets, step_count
 from prhs_kernels.ops.step_plan.api import NO_WINDOW, PlanRule, step_plan
 from prhs_kernels.params import DepthParams
@@ -49,6 +51,43 @@ def test_rms_norm(dtype: torch.dtype, size: int, adds: bool) -> None:
     assert torch.equal(found[1], stock[1]), "a sum of two is rounded once, in any order"
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(
+    ("rows", "size", "width", "splits"), [(1, 64, 128, 1), (5, 192, 640, 2), (32, 64, 384, 3)]
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_skinny_linear(
+    dtype: torch.dtype, rows: int, size: int, width: int, splits: int, biased: bool
+) -> None:
+    x, weight = drawn(rows, width, dtype=dtype, seed=9), drawn(size, width, dtype=dtype, seed=10)
+    bias = drawn(size, dtype=dtype, seed=11) if biased else None
+    wide = None if bias is None else bias.double()
+    parts = linear_parts(x, weight, bias, splits=splits, backend="triton")
+    assert parts.shape == (splits, rows, size)
+    stock = linear_parts(x, weight, bias, splits=splits, backend="reference")
+    exact = torch.nn.functional.linear(x.double(), weight.double(), wide)
+    terms = float((x.double().abs() @ weight.double().abs().T).max())
+    assert_as_exact_as(parts.sum(dim=0), stock.sum(dim=0), exact, "sum of the parts", terms)
+    stock = gated_linear(x, weight, bias, backend="reference")
+    gate, up = exact.chunk(2, dim=-1)
+    found = gated_linear(x, weight, bias, backend="triton")
+    assert_as_exact_as(found, stock, torch.nn.functional.silu(gate) * up, "gated")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adds", [False, True])
+def test_norm_of_partial_sums(dtype: torch.dtype, adds: bool) -> None:
+    parts, weight = drawn(3, 2, 100, dtype=torch.float32, seed=12), drawn(100, dtype=dtype, seed=13)
+    residual = drawn(2, 100, dtype=dtype, seed=14) if adds else None
+    found, stock = (
+        rms_norm(parts, weight, 1e-5, residual=residual, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    exact = rms_norm(stock[1].double(), weight.double(), 1e-5, backend="reference")
+    assert_as_exact_as(found[0], stock[0], exact[0], "normalised")
+    torch.testing.assert_close(found[1], stock[1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 63, 1025])
 def test_silu_mul(dtype: torch.dtype, size: int) -> None:
@@ -59,8 +98,10 @@ def test_silu_mul(dtype: torch.dtype, size: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_dim"), [((4, 2), 64), ((7, 1), 80), ((2, 2), 96)])
-@pytest.mark.parametrize("norm", [False, True])
-def test_rope_append(dtype: torch.dtype, heads: tuple[int, int], head_dim: int, norm: bool) -> None:
+@pytest.mark.parametrize(("norm", "splits"), [(False, 0), (True, 0), (False, 3), (True, 1)])
+def test_rope_append(
+    dtype: torch.dtype, heads: tuple[int, int], head_dim: int, norm: bool, splits: int
+) -> None:
     """Rotated queries, what they were before, and a cache of which only one slot per sequence changes."""
     query_heads, kv_heads = heads
     angle = torch.rand(9, head_dim // 2, generator=torch.Generator().manual_seed(5)).to(DEVICE) * 6
@@ -72,6 +113,9 @@ def test_rope_append(dtype: torch.dtype, heads: tuple[int, int], head_dim: int, 
 
     def run(backend: Any, kind: torch.dtype) -> tuple[torch.Tensor, ...]:
         qkv = drawn(2, (query_heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=8).to(kind)
+        if splits and kind == dtype:  # in quarters, whose sums are exact in any order
+            share = torch.tensor([0.5, 0.25, 0.25] if splits == 3 else [1.0], device=DEVICE)
+            qkv = qkv.float() * share[:, None, None]
         room = torch.full((2, 2, 5, kv_heads, head_dim), torch.nan, dtype=kind, device=DEVICE)
         keys, values = room.transpose(2, 3)  # a layout of its own
         tables = {"cos": angle.cos().to(dtype).to(kind), "sin": angle.sin().to(dtype).to(kind)}
@@ -176,6 +220,26 @@ def test_engine_gives_the_tokens_of_the_reference_loop(name: str) -> None:
     assert [run.backend for run in runs] == ["reference", "triton"]
     assert runs[1].stats.to_dict() == pytest.approx(runs[0].stats.to_dict(), rel=1e-9, nan_ok=True)
     assert runs[1].stats.units == runs[0].stats.units
+
+
+@torch.inference_mode()
+def test_a_step_on_skinny_projections() -> None:
+    """16 bit and sizes in whole blocks: logits as exact as those of the library's matrix products."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 64, "num_hidden_layers": 2}
+    half: Any = tiny_model("qwen2", **sizes).to(DEVICE, torch.float16)
+    double: Any = copy.deepcopy(half).double()
+    params = selector_params(double.config)
+    found = []
+    for model, backend in ((half, "triton"), (half, "reference"), (double, "reference")):
+        with DecodeEngine(
+            model, params, batch_size=2, max_len=20, backend=backend, use_graph=False
+        ) as engine:
+            engine.fill_random(9, seed=1)
+            for cache in (*engine.cache.keys, *engine.cache.values):
+                cache.copy_(drawn(*cache.shape, dtype=torch.float16, seed=15))
+            engine.step(torch.tensor([5, 77], device=DEVICE))
+            found.append(engine.logits)
+    assert_as_exact_as(*found, "logits")
 
 
 def test_sampled_tokens_agree() -> None:

@@ -19,21 +19,23 @@ def rms_norm(
     """`weight * x / sqrt(mean(x^2) + eps)` of `x = hidden + residual`, rounded where transformers rounds.
 
     Args:
-        hidden: `[rows, size]`; residual: the same, or None for nothing to add. weight: `[size]`.
+        hidden: `[rows, size]`, or `[splits, rows, size]` fp32 partial sums of `linear_parts`. residual:
+            `[rows, size]`, or None for nothing to add. weight: `[size]`, in the dtype of the result.
 
     Returns:
-        the normalised rows and `x`, the new residual stream, both like `hidden`.
+        the normalised rows and `x`, the new residual stream, `[rows, size]` both.
 
     Raises:
         UsageError: shapes, dtypes or devices that do not go together.
         ResourceError: `backend="triton"` where triton cannot run.
     """
-    check_shape("hidden", hidden, (None, None))
-    check_shape("weight", weight, (hidden.shape[1],))
-    check_like("weight", weight, hidden)
+    parts = hidden.dim() == 3
+    check_shape("hidden", hidden, (None, None, None) if parts else (None, None))
+    check_like("hidden", hidden, weight, (torch.float32,) if parts else ())
+    check_shape("weight", weight, (hidden.shape[-1],))
     if residual is not None:
-        check_shape("residual", residual, tuple(hidden.shape))
-        check_like("residual", residual, hidden)
+        check_shape("residual", residual, tuple(hidden.shape[-2:]))
+        check_like("residual", residual, weight)
     if not use_triton(backend, hidden):
         return reference.rms_norm(hidden, weight, eps, residual)
     from prhs_kernels.ops.rms_norm import triton as kernel

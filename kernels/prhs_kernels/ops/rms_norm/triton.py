@@ -11,14 +11,17 @@ import triton.language as tl
 
 @triton.jit
 def rms_norm_kernel(
-    hidden_ptr,  # [rows, size]
+    hidden_ptr,  # [SPLITS, rows, size]
     residual_ptr,
     weight_ptr,  # [size]
     out_ptr,  # [rows, size]
     total_ptr,
+    rows,
     size,
     eps,
+    SPLITS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    STORE_TOTAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * size
@@ -26,11 +29,14 @@ def rms_norm_kernel(
     mask = offs < size
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
     x = tl.load(hidden_ptr + row + offs, mask=mask, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        x += tl.load(hidden_ptr + split * rows * size + row + offs, mask=mask, other=0.0)
+    x = x.to(out_ptr.dtype.element_ty).to(tl.float32)  # what a projection rounds to
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + row + offs, mask=mask, other=0.0).to(tl.float32)
-        rounded = x.to(out_ptr.dtype.element_ty)
-        tl.store(total_ptr + row + offs, rounded, mask=mask)
-        x = rounded.to(tl.float32)  # as a sum of its own would have been
+        x = x.to(out_ptr.dtype.element_ty).to(tl.float32)  # and a sum of its own
+    if STORE_TOTAL:
+        tl.store(total_ptr + row + offs, x, mask=mask)
     scaled = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
     # two roundings, as transformers has them: of the scaled row, and of its product with the weight
     scaled = scaled.to(out_ptr.dtype.element_ty).to(tl.float32)
@@ -41,9 +47,10 @@ def rms_norm(
     hidden: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch; arguments and results as in `api.rms_norm`, `hidden` contiguous."""
-    rows, size = hidden.shape
-    out = torch.empty_like(hidden)
-    total = hidden if residual is None else torch.empty_like(hidden)
+    rows, size = hidden.shape[-2:]
+    out = torch.empty(rows, size, dtype=weight.dtype, device=hidden.device)
+    as_it_is = residual is None and hidden.dim() == 2
+    total = hidden if as_it_is else torch.empty_like(out)
     block = triton.next_power_of_2(size)
     rms_norm_kernel[(rows,)](
         hidden,
@@ -51,9 +58,12 @@ def rms_norm(
         weight,
         out,
         total,
+        rows,
         size,
         eps,
+        SPLITS=1 if hidden.dim() == 2 else hidden.shape[0],
         HAS_RESIDUAL=residual is not None,
+        STORE_TOTAL=not as_it_is,
         BLOCK=block,
         num_warps=min(16, max(1, block // 256)),
     )

@@ -27,14 +27,14 @@ def rope_append(
 
     Args:
         qkv: `[batch, (num_qo_heads + 2 * num_kv_heads) * head_dim]`, query heads first, then key, then
-            value. With a `q_norm` its queries are normalised in place.
+            value; or `[splits, batch, ...]` fp32 partial sums of `linear_parts`.
         keys, values: `[batch, num_kv_heads, n, head_dim]`, written at `slots` only.
         cos, sin: `[max_positions, head_dim / 2]`, the rotary tables; both halves of a head turn alike.
         positions: `[batch]` int32, rows of the tables. slots: `[batch]` int32, where key and value go.
         q_norm, k_norm: `[head_dim]`, weights of a norm over each head before RoPE (Qwen3), with `eps`.
 
     Returns:
-        queries `[batch, num_qo_heads, 1, head_dim]` after RoPE, and before it as a view of `qkv`.
+        queries `[batch, num_qo_heads, 1, head_dim]` after RoPE and before it.
 
     Raises:
         UsageError: shapes, dtypes or devices that do not go together.
@@ -42,19 +42,21 @@ def rope_append(
     """
     batch, num_kv_heads, _, head_dim = keys.shape
     check_shape("values", values, tuple(keys.shape))
-    check_shape("qkv", qkv, (batch, None))
-    num_qo_heads, odd = divmod(qkv.shape[1] - 2 * num_kv_heads * head_dim, head_dim)
+    parts = qkv.dim() == 3
+    check_shape("qkv", qkv, (None, batch, None) if parts else (batch, None))
+    check_like("qkv", qkv, keys, (torch.float32,) if parts else ())
+    num_qo_heads, odd = divmod(qkv.shape[-1] - 2 * num_kv_heads * head_dim, head_dim)
     if odd or num_qo_heads < 1 or head_dim % 2:
         raise UsageError(
-            f"qkv: {qkv.shape[1]} columns are not query heads and {2 * num_kv_heads} others of {head_dim}"
+            f"qkv: {qkv.shape[-1]} columns are not query heads and {2 * num_kv_heads} others of {head_dim}"
         )
     for name, tensor in (("keys", keys), ("values", values)):
-        check_like(name, tensor, qkv)
+        check_like(name, tensor, keys)
         if tensor.stride(-1) != 1:
             raise UsageError(f"{name}: expected stride 1 along head_dim, got {tensor.stride(-1)}")
     for name, table in (("cos", cos), ("sin", sin)):
         check_shape(name, table, (None, head_dim // 2))
-        check_like(name, table, qkv)
+        check_like(name, table, keys)
     for name, index in (("positions", positions), ("slots", slots)):
         check_shape(name, index, (batch,))
         check_like(name, index, qkv, (torch.int32,))

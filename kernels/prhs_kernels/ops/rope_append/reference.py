@@ -19,11 +19,13 @@ def rope_append(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and results as in `api.rope_append`."""
     batch, num_kv_heads, _, head_dim = keys.shape
+    if qkv.dim() == 3:
+        qkv = qkv.sum(dim=0).to(keys.dtype)
     heads = qkv.view(batch, -1, head_dim)
     query = heads[:, : -2 * num_kv_heads]
     key, value = heads[:, -2 * num_kv_heads :].chunk(2, dim=1)
     if q_norm is not None and k_norm is not None:
-        query.copy_(_normed(query, q_norm, eps))
+        query = _normed(query, q_norm, eps)
         key = _normed(key, k_norm, eps)
     tables = cos[positions.long(), None], sin[positions.long(), None]
     rows = torch.arange(batch, device=qkv.device)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def rope_append_kernel(
-    qkv_ptr,  # [batch, num_qo_heads + 2 * num_kv_heads, HEAD_DIM]
+    qkv_ptr,  # [SPLITS, batch, num_qo_heads + 2 * num_kv_heads, HEAD_DIM]
     k_ptr,  # [batch, num_kv_heads, n, HEAD_DIM]
     v_ptr,
     cos_ptr,  # [max_positions, HEAD_DIM / 2]
@@ -21,6 +21,7 @@ def rope_append_kernel(
     q_norm_ptr,  # [HEAD_DIM]
     k_norm_ptr,
     out_ptr,  # [batch, num_qo_heads, HEAD_DIM]
+    before_ptr,
     eps,
     num_qo_heads,
     num_kv_heads,
@@ -32,7 +33,9 @@ def rope_append_kernel(
     stride_vn,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,  # power of 2 from HEAD_DIM / 2
+    SPLITS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    STORE_BEFORE: tl.constexpr,
 ):
     batch = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -41,9 +44,16 @@ def rope_append_kernel(
     offs = tl.arange(0, BLOCK)
     mask = offs < HALF
     slot = tl.load(slots_ptr + batch).to(tl.int64)
-    row_ptr = qkv_ptr + (batch * (num_qo_heads + 2 * num_kv_heads) + head) * HEAD_DIM + offs
+    width = (num_qo_heads + 2 * num_kv_heads) * HEAD_DIM
+    row_ptr = qkv_ptr + batch * width + head * HEAD_DIM + offs
     first = tl.load(row_ptr, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(row_ptr + HALF, mask=mask, other=0.0).to(tl.float32)
+    for _ in tl.static_range(1, SPLITS):
+        row_ptr += tl.num_programs(0) * width
+        first += tl.load(row_ptr, mask=mask, other=0.0)
+        second += tl.load(row_ptr + HALF, mask=mask, other=0.0)
+    # what a projection rounds to
+    first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
     if head >= num_qo_heads + num_kv_heads:
         to_ptr = v_ptr + batch * stride_vb + (head - num_qo_heads - num_kv_heads) * stride_vh
         to_ptr += slot * stride_vn + offs
@@ -58,9 +68,11 @@ def rope_append_kernel(
             # rounded twice, as the norm of transformers does
             first = ((first * scale).to(dtype).to(tl.float32) * low).to(dtype).to(tl.float32)
             second = ((second * scale).to(dtype).to(tl.float32) * high).to(dtype).to(tl.float32)
+        if STORE_BEFORE:
             if is_query:
-                tl.store(row_ptr, first, mask=mask)
-                tl.store(row_ptr + HALF, second, mask=mask)
+                before = before_ptr + (batch * num_qo_heads + head) * HEAD_DIM + offs
+                tl.store(before, first, mask=mask)
+                tl.store(before + HALF, second, mask=mask)
         position = tl.load(positions_ptr + batch).to(tl.int64)
         cos = tl.load(cos_ptr + position * HALF + offs, mask=mask, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + position * HALF + offs, mask=mask, other=0.0).to(tl.float32)
@@ -89,8 +101,13 @@ def rope_append(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch; arguments and results as in `api.rope_append`."""
     batch, num_kv_heads, _, head_dim = keys.shape
-    num_qo_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    query = torch.empty(batch, num_qo_heads, 1, head_dim, dtype=qkv.dtype, device=qkv.device)
+    num_qo_heads = qkv.shape[-1] // head_dim - 2 * num_kv_heads
+    query = torch.empty(batch, num_qo_heads, 1, head_dim, dtype=keys.dtype, device=qkv.device)
+    as_it_is = qkv.dim() == 2 and q_norm is None
+    if as_it_is:
+        before = qkv.view(batch, -1, head_dim)[:, :num_qo_heads].unsqueeze(2)
+    else:
+        before = torch.empty_like(query)
     rope_append_kernel[(batch, num_qo_heads + 2 * num_kv_heads)](
         qkv,
         keys,
@@ -102,6 +119,7 @@ def rope_append(
         q_norm if q_norm is not None else qkv,
         k_norm if k_norm is not None else qkv,
         query,
+        before,
         eps,
         num_qo_heads,
         num_kv_heads,
@@ -109,7 +127,9 @@ def rope_append(
         *values.stride()[:3],
         HEAD_DIM=head_dim,
         BLOCK=triton.next_power_of_2(head_dim // 2),
+        SPLITS=1 if qkv.dim() == 2 else qkv.shape[0],
         HAS_NORM=q_norm is not None,
+        STORE_BEFORE=not as_it_is,
         num_warps=1,
     )
-    return query, qkv.view(batch, -1, head_dim)[:, :num_qo_heads].unsqueeze(2)
+    return query, before

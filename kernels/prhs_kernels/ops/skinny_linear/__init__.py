@@ -1,0 +1,1 @@
+"""Projections of few rows: as fast as the weights can be read."""

@@ -1,0 +1,135 @@
+"""Weights stream through the tensor cores as the left factor, the few rows are the right one."""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_N, BLOCK_K = 64, 128
+NUM_WARPS, NUM_STAGES = 4, 4
+
+
+@triton.jit
+def accumulate(
+    x_ptr, w_ptr, n, begin, end, rows, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows `n` of the weight times all rows of x over columns `[begin, end)`: `[BLOCK_N, BLOCK_M]` fp32."""
+    m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    w_ptrs = w_ptr + n.to(tl.int64)[:, None] * width + k[None, :]
+    x_ptrs = x_ptr + m[None, :] * width + k[:, None]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        # read once: what other kernels will want again may stay in the cache
+        w = tl.load(w_ptrs + start, eviction_policy="evict_first")
+        x = tl.load(x_ptrs + start, mask=m[None, :] < rows, other=0.0)
+        acc = tl.dot(w, x, acc)
+    return acc
+
+
+@triton.jit
+def linear_parts_kernel(
+    x_ptr,  # [rows, width]
+    w_ptr,  # [size, width]
+    bias_ptr,  # [size]
+    out_ptr,  # [splits, rows, size], fp32
+    rows,
+    size,
+    width,
+    per_split,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    split = tl.program_id(1)
+    m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, width)
+    acc = accumulate(x_ptr, w_ptr, n, begin, end, rows, width, BLOCK_M, BLOCK_N, BLOCK_K)
+    if HAS_BIAS:
+        if split == 0:
+            acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+    tl.store(out_ptr + (split * rows + m[None, :]) * size + n[:, None], acc, mask=m[None, :] < rows)
+
+
+@triton.jit
+def gated_linear_kernel(
+    x_ptr,  # [rows, width]
+    w_ptr,  # [2 * size, width]
+    bias_ptr,  # [2 * size]
+    out_ptr,  # [rows, size]
+    rows,
+    size,
+    width,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # one tile: the first half of its rows are gates, the second the same columns of up
+    HALF: tl.constexpr = BLOCK_N // 2
+    dtype = out_ptr.dtype.element_ty
+    offs = tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) * HALF
+    n = tl.where(offs < HALF, first + offs, size + first + offs - HALF)
+    acc = accumulate(x_ptr, w_ptr, n, 0, width, rows, width, BLOCK_M, BLOCK_N, BLOCK_K)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+    pair = tl.permute(tl.reshape(acc, [2, HALF, BLOCK_M]), (1, 2, 0))
+    gate, up = tl.split(pair)
+    # rounded where separate operations would round
+    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+    out = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up
+    m, column = tl.arange(0, BLOCK_M), first + tl.arange(0, HALF)
+    tl.store(out_ptr + m[None, :] * size + column[:, None], out, mask=m[None, :] < rows)
+
+
+def linear_parts(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, splits: int
+) -> torch.Tensor:
+    """Launch; arguments and result as in `api.linear_parts`."""
+    (count, width), size = rows.shape, weight.shape[0]
+    out = torch.empty(splits, count, size, dtype=torch.float32, device=rows.device)
+    linear_parts_kernel[(size // BLOCK_N, splits)](
+        rows,
+        weight,
+        bias if bias is not None else weight,
+        out,
+        count,
+        size,
+        width,
+        triton.cdiv(width // BLOCK_K, splits) * BLOCK_K,
+        HAS_BIAS=bias is not None,
+        BLOCK_M=max(16, triton.next_power_of_2(count)),
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    return out
+
+
+def gated_linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Launch; arguments and result as in `api.gated_linear`."""
+    (count, width), size = rows.shape, weight.shape[0] // 2
+    out = torch.empty(count, size, dtype=rows.dtype, device=rows.device)
+    gated_linear_kernel[(size // (BLOCK_N // 2),)](
+        rows,
+        weight,
+        bias if bias is not None else weight,
+        out,
+        count,
+        size,
+        width,
+        HAS_BIAS=bias is not None,
+        BLOCK_M=max(16, triton.next_power_of_2(count)),
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    return out
