@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from prhs_kernels.ops.pdl import launch_options
+
 
 @triton.jit
 def rms_norm_kernel(
@@ -22,12 +24,16 @@ def rms_norm_kernel(
     SPLITS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     STORE_TOTAL: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * size
     offs = tl.arange(0, BLOCK)
     mask = offs < size
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     x = tl.load(hidden_ptr + row + offs, mask=mask, other=0.0).to(tl.float32)
     for split in tl.static_range(1, SPLITS):
         x += tl.load(hidden_ptr + split * rows * size + row + offs, mask=mask, other=0.0)
@@ -65,6 +71,7 @@ def rms_norm(
         HAS_RESIDUAL=residual is not None,
         STORE_TOTAL=not as_it_is,
         BLOCK=block,
+        **launch_options(hidden.device),
         num_warps=min(16, max(1, block // 256)),
     )
     return out, total

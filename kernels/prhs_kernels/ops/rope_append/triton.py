@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from prhs_kernels.ops.pdl import launch_options
+
 
 @triton.jit
 def rope_append_kernel(
@@ -36,7 +38,11 @@ def rope_append_kernel(
     SPLITS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     STORE_BEFORE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     batch = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -131,5 +137,6 @@ def rope_append(
         HAS_NORM=q_norm is not None,
         STORE_BEFORE=not as_it_is,
         num_warps=1,
+        **launch_options(qkv.device),
     )
     return query, before

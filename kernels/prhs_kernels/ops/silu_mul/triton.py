@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from prhs_kernels.ops.pdl import launch_options
+
 BLOCK = 1024
 
 
@@ -17,7 +19,11 @@ def silu_mul_kernel(
     out_ptr,  # [rows, size]
     size,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
@@ -33,5 +39,5 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = gate_up.shape
     out = torch.empty(rows, width // 2, dtype=gate_up.dtype, device=gate_up.device)
     grid = (rows, triton.cdiv(width // 2, BLOCK))
-    silu_mul_kernel[grid](gate_up, out, width // 2, BLOCK=BLOCK, num_warps=4)
+    silu_mul_kernel[grid](gate_up, out, width // 2, BLOCK=BLOCK, num_warps=4, **launch_options(out.device))
     return out

@@ -8,8 +8,23 @@ import torch
 import triton
 import triton.language as tl
 
+from prhs_kernels.ops.pdl import launch_options
+
 BLOCK_N, BLOCK_K = 64, 128
 NUM_WARPS, NUM_STAGES = 4, 4
+AHEAD = 8  # blocks of weights a program asks for before it waits
+
+
+@triton.jit
+def prefetch(w_ptr, n, begin, end, width, BLOCK_K: tl.constexpr):
+    """Ask for the weights of a program before it has to wait for its rows: a line of 64 elements each."""
+    LINES: tl.constexpr = BLOCK_K // 64
+    k = tl.arange(0, LINES) * 64
+    for start in range(begin, end, BLOCK_K):
+        ptrs = w_ptr + n.to(tl.int64)[:, None] * width + start + k[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -44,11 +59,17 @@ def linear_parts_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     split = tl.program_id(1)
     m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = split * per_split
     end = tl.minimum(begin + per_split, width)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        prefetch(w_ptr, n, begin, tl.minimum(end, begin + AHEAD * BLOCK_K), width, BLOCK_K)
+        tl.extra.cuda.gdc_wait()
     acc = accumulate(x_ptr, w_ptr, n, begin, end, rows, width, BLOCK_M, BLOCK_N, BLOCK_K)
     if HAS_BIAS:
         if split == 0:
@@ -69,6 +90,8 @@ def gated_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     # one tile: the first half of its rows are gates, the second the same columns of up
     HALF: tl.constexpr = BLOCK_N // 2
@@ -76,6 +99,10 @@ def gated_linear_kernel(
     offs = tl.arange(0, BLOCK_N)
     first = tl.program_id(0) * HALF
     n = tl.where(offs < HALF, first + offs, size + first + offs - HALF)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        prefetch(w_ptr, n, 0, tl.minimum(width, AHEAD * BLOCK_K), width, BLOCK_K)
+        tl.extra.cuda.gdc_wait()
     acc = accumulate(x_ptr, w_ptr, n, 0, width, rows, width, BLOCK_M, BLOCK_N, BLOCK_K)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
@@ -107,6 +134,8 @@ def linear_parts(
         BLOCK_M=max(16, triton.next_power_of_2(count)),
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
+        AHEAD=AHEAD,
+        **launch_options(rows.device),
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
@@ -129,6 +158,8 @@ def gated_linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         BLOCK_M=max(16, triton.next_power_of_2(count)),
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
+        AHEAD=AHEAD,
+        **launch_options(rows.device),
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
