@@ -17,7 +17,8 @@ from prhs_kernels.params import DepthParams, FreezeMode, LayerParams, SelectorPa
 from prhs_kernels.runtime.attach import dense_params, sparse_attention
 from prhs_kernels.runtime.decode import Generation, generate_tokens, left_pad
 from prhs_kernels.runtime.decoder_step import LayerWeights, fuse
-from prhs_kernels.runtime.engine import DecodeEngine, set_capacity
+from prhs_kernels.runtime.engine import DecodeEngine
+from prhs_kernels.runtime.index_sets import set_capacity
 from prhs_kernels.runtime.sampling import Sampling
 from prhs_kernels.selectors import cis
 from prhs_kernels.testing.inputs import exact_model, random_tokens, selector_params
@@ -102,7 +103,7 @@ def test_sets_are_those_of_the_reference_loop(
             for layer in range(params.num_layers):
                 kept = seen[step * params.num_layers + layer]
                 mask = span_mask(plan.spans[layer], kept.shape[-1])[:, None].expand_as(kept)
-                state = engine.states.get(layer)
+                state = engine.sets.states.get(layer)
                 if state is not None:
                     retrievals += int((state.decision == int(Decision.RETRIEVE)).sum())
                     mask = mask & _as_mask(state.indices, state.count, kept.shape[-1])

@@ -108,7 +108,7 @@ def test_the_estimate_is_what_is_allocated() -> None:
     params = selector_params(model.config, time={"budget_tokens": 4, "gate": 0})
     with DecodeEngine(model, params, batch_size=2, max_len=4096) as opened:
         opened.fill_random(100, seed=0)
-        states = [tensor for state in opened.states.values() for tensor in vars(state).values()]
+        states = [tensor for state in opened.sets.states.values() for tensor in vars(state).values()]
         held = opened.resident_bytes + sum(tensor.nbytes for tensor in states)
         scratch = 2 * 2 * 4096 * (4 * 2 + 4 + 1)
         estimate = opened.needed_bytes(2, 4096) - 2**28 - scratch - 4096 * 64 * 4

@@ -13,21 +13,13 @@ from transformers import PreTrainedModel
 
 from prhs_kernels.errors import UnsupportedModelError, UsageError
 from prhs_kernels.ops.backend import HEAD_DIMS, KERNEL_DTYPES, MAX_GROUP, Backend, use_triton
-from prhs_kernels.ops.dense_decode.api import dense_decode
-from prhs_kernels.ops.retrieve.api import retrieve
-from prhs_kernels.ops.retrieve.state import (
-    MAX_DILATION,
-    RetrievalRule,
-    RetrievalScratch,
-    RetrievalState,
-    capacity_for,
-)
-from prhs_kernels.ops.sparse_decode.api import sparse_decode
+from prhs_kernels.ops.retrieve.state import MAX_DILATION
 from prhs_kernels.ops.step_plan.api import PlanRule, StepPlan, step_plan
-from prhs_kernels.params import Gate, SelectorParams, TimeParams
+from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import check_params, check_supported, dense_params, sparse_attention
 from prhs_kernels.runtime.decoder_step import DecoderStep, unsupported
 from prhs_kernels.runtime.distributed import num_ranks
+from prhs_kernels.runtime.index_sets import IndexSets, selecting_layers, set_capacity
 from prhs_kernels.runtime.memory import RunShape, check_fits, engine_bytes, free_bytes
 from prhs_kernels.runtime.sampling import Sampling, draw
 from prhs_kernels.runtime.static_cache import StaticCache
@@ -138,7 +130,7 @@ class DecodeEngine:
     def __exit__(self, *_: object) -> None:
         """Free graph, cache and scratch memory; the model was only patched during `prefill`."""
         self._open = False
-        for name in ("_graph", "cache", "states", "_scratch", "_step", "_counter", "logits"):
+        for name in ("_graph", "cache", "sets", "_step", "_counter", "logits"):
             setattr(self, name, None)
 
     def needed_bytes(self, batch: int, max_len: int) -> int:
@@ -175,31 +167,10 @@ class DecodeEngine:
         self._graph: Any = None
         self.logits: Any = None
         self.length = 0  # slots in use, as the host counts them
-        self._allocate_sets(windows)
-
-    def _allocate_sets(self, windows: list[int | None]) -> None:
-        """Index sets of the layers that choose any; the others attend to their spans."""
-        params, time, batch = self.params, self.params.time, self.batch_size
-        heads, group = params.num_kv_heads, params.group_size
-        self.selecting = [] if time is None else selecting_layers(time)
-        self.rules: dict[int, RetrievalRule] = {}
-        self.states: Any = {}
-        self._stacked: RetrievalState | None = None
-        self._scratch: Any = None
-        if time is not None and self.selecting:
-            capacity = set_capacity(params, windows, self.max_len)
-            self._stacked = RetrievalState.allocate(
-                len(self.selecting) * batch, heads, group, params.head_dim, capacity, self.dtype, self.device
-            )
-            for place, layer in enumerate(self.selecting):
-                rows = slice(place * batch, (place + 1) * batch)
-                self.states[layer] = _part(self._stacked, rows)
-                self.rules[layer] = RetrievalRule.from_time(time, layer, params.num_local, self.device)
-            if self.backend == "triton":
-                self._scratch = RetrievalScratch.allocate(batch, heads, group, self.max_len, self.device)
-        self._counter: Any = StepCounter(
-            params.num_layers, batch, group, self.device, self.backend, self._stacked, self.rules
+        self.sets: Any = IndexSets(
+            params, windows, batch, self.max_len, self.dtype, self.device, self.backend
         )
+        self._counter: Any = StepCounter(params, batch, self.sets, self.device)
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -260,8 +231,7 @@ class DecodeEngine:
         self._progress.drawn.zero_()
         self.plan_rule.padding.copy_(padding)
         self.plan_rule.shift.zero_()
-        if self._stacked is not None:
-            self._stacked.reset()
+        self.sets.reset()
         self._counter.reset()
 
     def _shifts(self) -> list[int]:
@@ -329,29 +299,8 @@ class DecodeEngine:
     def _attend(
         self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, plan: StepPlan
     ) -> torch.Tensor:
-        keys, values, spans = self.cache.keys[layer], self.cache.values[layer], plan.spans[layer]
-        scale = self._step.layers[layer].scale
-        state = self.states.get(layer)
-        if state is None:
-            output, _ = dense_decode(query, keys, values, scale=scale, spans=spans, backend=self.backend)
-            return output
-        retrieve(
-            query,
-            keys,
-            spans=spans,
-            budget=plan.budget[layer],
-            rule=self.rules[layer],
-            state=state,
-            scale=scale,
-            query_pre=query_pre,
-            scratch=self._scratch,
-            backend=self.backend,
-        )
-        output, _ = sparse_decode(
-            query, keys, values, state.indices,
-            scale=scale, count=state.count, spans=spans, backend=self.backend,
-        )  # fmt: skip
-        return output
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        return self.sets.attend(layer, query, query_pre, keys, values, plan, self._step.layers[layer].scale)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -374,10 +323,7 @@ class DecodeEngine:
     def _changing(self) -> list[torch.Tensor]:
         """Every tensor that a step writes, but the cache, whose new slots are not read before written."""
         tensors = [getattr(self._progress, field.name) for field in dataclasses.fields(_Progress)]
-        tensors.append(self._counter.totals)
-        if self._stacked is not None:
-            tensors += [getattr(self._stacked, field.name) for field in dataclasses.fields(self._stacked)]
-        return tensors
+        return [*tensors, self._counter.totals, *self.sets.changing()]
 
     def _put_back(self, before: list[torch.Tensor]) -> None:
         for tensor, saved in zip(self._changing(), before, strict=True):
@@ -415,31 +361,3 @@ def sliding_windows(model: PreTrainedModel) -> list[int | None]:
     if config.model_type == "mistral":  # kept in the config; Qwen keeps it per layer in the module
         return [config.sliding_window] * config.num_hidden_layers
     return [getattr(layer.self_attn, "sliding_window", None) for layer in decoder.layers]
-
-
-def selecting_layers(time: TimeParams) -> list[int]:
-    """Layers in which some head does not simply keep everything."""
-    return [layer for layer, ratio in enumerate(time.budget_ratio) if bool((ratio < 1).any())]
-
-
-def set_capacity(params: SelectorParams, windows: list[int | None], max_len: int) -> int:
-    """Indices per head that no set of these parameters can exceed in a cache of `max_len` slots."""
-    time = params.time
-    assert time is not None
-    most = 16
-    for layer in selecting_layers(time):
-        seen = min(max_len, windows[layer] or max_len)
-        for head in range(params.num_kv_heads):
-            ratio = float(time.budget_ratio[layer, head])
-            budget = seen if ratio >= 1 else int(ratio * seen) + int(time.budget_tokens[layer, head])
-            shares = int(time.gate[layer, head]) != Gate.NEVER
-            block = min(int(time.block[layer, head]), max_len) if shares else 1
-            dilation = int(time.dilation[layer, head])
-            most = max(most, capacity_for(budget, params.num_sinks, params.num_local, dilation, block))
-    return min(most, -(-max_len // 16) * 16)
-
-
-def _part(stacked: RetrievalState, rows: slice) -> RetrievalState:
-    """The state of one layer as views."""
-    fields = dataclasses.fields(stacked)
-    return RetrievalState(**{field.name: getattr(stacked, field.name)[rows] for field in fields})

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import torch
 
-from prhs_kernels.ops.backend import Backend
-from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalState
 from prhs_kernels.ops.step_count.api import FIELDS, ChosenSets, step_count
 from prhs_kernels.ops.step_plan.api import StepPlan
+from prhs_kernels.params import SelectorParams
+from prhs_kernels.runtime.index_sets import IndexSets
 from prhs_kernels.runtime.stats import DecodeStats
 
 
 class StepCounter:
-    """Sums over steps; `totals` `[layers, batch, 7]` float64 stay on the device until they are read.
+    """Sums over steps; `totals` `[layers, batch, 7]` float64 stay on the device until they are read."""
 
-    state: the sets of the layers in `rules`, stacked in the order of their numbers; None if there are none.
-    """
-
-    def __init__(
-        self, layers: int, batch: int, group: int, device: torch.device, backend: Backend,
-        state: RetrievalState | None, rules: dict[int, RetrievalRule],
-    ) -> None:  # fmt: skip
+    def __init__(self, params: SelectorParams, batch: int, sets: IndexSets, device: torch.device) -> None:
+        layers = params.num_layers
         self.totals = torch.zeros(layers, batch, len(FIELDS), dtype=torch.float64, device=device)
-        self._group, self._backend = group, backend
+        self._group, self._backend = params.group_size, sets.backend
         self._sets: ChosenSets | None = None
-        if state is not None:
-            order = {layer: place for place, layer in enumerate(rules)}
+        if sets.stacked is not None:
+            order = {layer: place for place, layer in enumerate(sets.rules)}
+            places = [order.get(layer, -1) for layer in range(layers)]
             self._sets = ChosenSets(
-                state=state,
-                place=torch.tensor(
-                    [order.get(layer, -1) for layer in range(layers)], dtype=torch.int32, device=device
-                ),
-                gate=torch.stack([rule.gate for rule in rules.values()]),
-                block=torch.stack([rule.block for rule in rules.values()]),
-                anchor=torch.empty_like(state.anchor_slot),
+                state=sets.stacked,
+                place=torch.tensor(places, dtype=torch.int32, device=device),
+                gate=torch.stack([rule.gate for rule in sets.rules.values()]),
+                block=torch.stack([rule.block for rule in sets.rules.values()]),
+                anchor=torch.empty_like(sets.stacked.anchor_slot),
             )
 
     def begin(self) -> None:
