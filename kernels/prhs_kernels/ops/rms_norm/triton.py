@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from prhs_kernels.ops.decode_config import max_registers
 from prhs_kernels.ops.pdl import launch_options
 
 
@@ -58,6 +59,7 @@ def rms_norm(
     as_it_is = residual is None and hidden.dim() == 2
     total = hidden if as_it_is else torch.empty_like(out)
     block = triton.next_power_of_2(size)
+    num_warps = min(16, max(1, block // 256))
     rms_norm_kernel[(rows,)](
         hidden,
         hidden if residual is None else residual.contiguous(),
@@ -72,6 +74,7 @@ def rms_norm(
         STORE_TOTAL=not as_it_is,
         BLOCK=block,
         **launch_options(hidden.device),
-        num_warps=min(16, max(1, block // 256)),
+        num_warps=num_warps,
+        maxnreg=max_registers(num_warps),
     )
     return out, total

@@ -1,0 +1,98 @@
+"""Kernels of the decode step outside attention compile without a GPU, and none uses the stack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prhs_kernels.ops.backend import has_triton, interpreted
+
+pytestmark = pytest.mark.skipif(not has_triton() or interpreted(), reason="needs triton, not interpreted")
+
+# pointers to other than the model's 16-bit type
+INTEGERS = (
+    "positions",
+    "slots",
+    "spans",
+    "visible",
+    "budget",
+    "place",
+    "gate",
+    "block",
+    "anchor",
+    "decision",
+)
+TYPES = {
+    **{f"{name}_ptr": "*i32" for name in (*INTEGERS, "decision", "count", "idx")},
+    **{f"{name}_ptr": "*i64" for name in ("slot", "padding", "window", "shift", "tokens")},
+    **{f"{name}_ptr": "*fp64" for name in ("fraction", "ratio", "totals")},
+    "alive_ptr": "*i1",
+    "eps": "fp32",
+}
+KERNELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, int]]] = {
+    "rms_norm": (
+        "rms_norm", "rms_norm_kernel",
+        {"SPLITS": 4, "HAS_RESIDUAL": True, "STORE_TOTAL": True, "BLOCK": 8192},
+        {"hidden_ptr": "*fp32"}, {"num_warps": 16, "maxnreg": 128},
+    ),
+    "rope_append": (
+        "rope_append", "rope_append_kernel",
+        {"HEAD_DIM": 96, "BLOCK": 64, "SPLITS": 3, "HAS_NORM": True, "STORE_BEFORE": True},
+        {"qkv_ptr": "*fp32"}, {"num_warps": 1},
+    ),
+    "silu_mul": ("silu_mul", "silu_mul_kernel", {"BLOCK": 1024}, {}, {"num_warps": 4}),
+    "linear_parts": (
+        "skinny_linear", "linear_parts_kernel",
+        {"HAS_BIAS": True, "BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 8},
+        {"out_ptr": "*fp32"}, {"num_warps": 4, "num_stages": 4},
+    ),
+    "gated_linear": (
+        "skinny_linear", "gated_linear_kernel",
+        {"HAS_BIAS": False, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 8},
+        {}, {"num_warps": 4, "num_stages": 4},
+    ),
+    "step_plan": ("step_plan", "step_plan_kernel", {"BLOCK_H": 8}, {}, {"num_warps": 1}),
+    "step_count": ("step_count", "step_count_kernel", {"HAS_SETS": True, "BLOCK_H": 8}, {}, {"num_warps": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("name", KERNELS)
+def test_it_compiles_without_spilling(name: str, arch: int) -> None:
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from prhs_kernels.bench.compile import _resource_usage
+
+    folder, function, constants, types, options = KERNELS[name]
+    kernel = getattr(importlib.import_module(f"prhs_kernels.ops.{folder}.triton"), function)
+    names = kernel.arg_names
+    if "PDL" in names:
+        constants = {**constants, "PDL": arch >= 90}
+        options = {**options, "launch_pdl": arch >= 90}
+
+    def kind(argument: str) -> str:
+        if argument.isupper():
+            return "constexpr"
+        default = "*bf16" if argument.endswith("_ptr") else "i32"
+        return types.get(argument, TYPES.get(argument, default))
+
+    aligned = [n for n in names if n.endswith("_ptr") or n in ("size", "width", "per_split")]
+    source = ASTSource(
+        kernel,
+        signature={argument: kind(argument) for argument in names},
+        constexprs=constants,
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    usage = _resource_usage(compiled.asm["cubin"], Path(triton.__file__).parent)
+    assert usage["STACK"] == usage["LOCAL"] == 0, usage
+    assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == ("PDL" in names and arch >= 90)
+    if folder == "skinny_linear":
+        assert compiled.metadata.shared <= 227 * 1024 // 2, "two programs on an SM"
+        assert "cp.async.cg" in compiled.asm["ptx"]
