@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from prhs_kernels.ops.backend import Backend
@@ -142,7 +142,7 @@ class DecoderStep:
         self, tokens: torch.Tensor, plan: StepPlan, keys: list[torch.Tensor], values: list[torch.Tensor],
         attend: Attend,
     ) -> torch.Tensor:  # fmt: skip
-        out, residual = embedding(tokens, self.embedding), None
+        out, residual = self.embedding[tokens], None
         for index, layer in enumerate(self.layers):
             normed, residual = rms_norm(
                 out, layer.input_norm, layer.eps, residual=residual, backend=self.backend
