@@ -278,12 +278,12 @@ PLANTED_STEP = """
 import torch
 from prhs_kernels.bench import decode
 from prhs_kernels.bench.session import Session
-from prhs_kernels.runtime import engine
-right = engine.sparse_decode
+from prhs_kernels.runtime import index_sets
+right = index_sets.sparse_decode
 def wrong(*arguments, **settings):
     output, lse = right(*arguments, **settings)
     return output * 1.05, lse
-engine.sparse_decode = wrong
+index_sets.sparse_decode = wrong
 plan = decode.Plan(decode.toy_points(), (0.0,))
 session = Session([], print, seconds=1e-9)
 decode.cases = lambda point, ratios, cases=decode.cases: list(cases(point, ratios))[:1]
