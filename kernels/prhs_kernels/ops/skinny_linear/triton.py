@@ -11,33 +11,38 @@ import triton.language as tl
 from prhs_kernels.ops.pdl import launch_options
 
 BLOCK_N, BLOCK_K = 64, 128
-NUM_WARPS, NUM_STAGES = 4, 4
-AHEAD = 8  # blocks of weights a program asks for before it waits
+NUM_WARPS = 4
+EARLY = True
 
 
-@triton.jit
-def prefetch(w_ptr, n, begin, end, width, BLOCK_K: tl.constexpr):
-    """Ask for the weights of a program before it has to wait for its rows: a line of 64 elements each."""
-    LINES: tl.constexpr = BLOCK_K // 64
-    k = tl.arange(0, LINES) * 64
-    for start in range(begin, end, BLOCK_K):
-        ptrs = w_ptr + n.to(tl.int64)[:, None] * width + start + k[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1
-        )
+def num_stages(block_m: int) -> int:
+    """Two programs fit on an SM."""
+    return 4 if block_m == 16 else 3
 
 
 @triton.jit
 def accumulate(
     x_ptr, w_ptr, n, begin, end, rows, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows `n` of the weight times all rows of x over columns `[begin, end)`: `[BLOCK_N, BLOCK_M]` fp32."""
     m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * width + k[None, :]
     x_ptrs = x_ptr + m[None, :] * width + k[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for start in range(begin, end, BLOCK_K):
+    first = begin
+    if PDL and not EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if PDL and EARLY:
+        # the first weights are on their way while the kernel before still computes the rows
+        tl.extra.cuda.gdc_launch_dependents()
+        w = tl.load(w_ptrs + begin, eviction_policy="evict_first")
+        tl.extra.cuda.gdc_wait()
+        x = tl.load(x_ptrs + begin, mask=m[None, :] < rows, other=0.0)
+        acc = tl.dot(w, x, acc)
+        first += BLOCK_K
+    for start in range(first, end, BLOCK_K):
         # read once: what other kernels will want again may stay in the cache
         w = tl.load(w_ptrs + start, eviction_policy="evict_first")
         x = tl.load(x_ptrs + start, mask=m[None, :] < rows, other=0.0)
@@ -59,18 +64,14 @@ def linear_parts_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     split = tl.program_id(1)
     m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = split * per_split
     end = tl.minimum(begin + per_split, width)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        prefetch(w_ptr, n, begin, tl.minimum(end, begin + AHEAD * BLOCK_K), width, BLOCK_K)
-        tl.extra.cuda.gdc_wait()
-    acc = accumulate(x_ptr, w_ptr, n, begin, end, rows, width, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = accumulate(x_ptr, w_ptr, n, begin, end, rows, width, BLOCK_M, BLOCK_N, BLOCK_K, EARLY, PDL)
     if HAS_BIAS:
         if split == 0:
             acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
@@ -90,7 +91,7 @@ def gated_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # one tile: the first half of its rows are gates, the second the same columns of up
@@ -99,11 +100,7 @@ def gated_linear_kernel(
     offs = tl.arange(0, BLOCK_N)
     first = tl.program_id(0) * HALF
     n = tl.where(offs < HALF, first + offs, size + first + offs - HALF)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        prefetch(w_ptr, n, 0, tl.minimum(width, AHEAD * BLOCK_K), width, BLOCK_K)
-        tl.extra.cuda.gdc_wait()
-    acc = accumulate(x_ptr, w_ptr, n, 0, width, rows, width, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = accumulate(x_ptr, w_ptr, n, 0, width, rows, width, BLOCK_M, BLOCK_N, BLOCK_K, EARLY, PDL)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
     pair = tl.permute(tl.reshape(acc, [2, HALF, BLOCK_M]), (1, 2, 0))
@@ -120,6 +117,7 @@ def linear_parts(
 ) -> torch.Tensor:
     """Launch; arguments and result as in `api.linear_parts`."""
     (count, width), size = rows.shape, weight.shape[0]
+    block_m = max(16, triton.next_power_of_2(count))
     out = torch.empty(splits, count, size, dtype=torch.float32, device=rows.device)
     linear_parts_kernel[(size // BLOCK_N, splits)](
         rows,
@@ -131,13 +129,13 @@ def linear_parts(
         width,
         triton.cdiv(width // BLOCK_K, splits) * BLOCK_K,
         HAS_BIAS=bias is not None,
-        BLOCK_M=max(16, triton.next_power_of_2(count)),
+        BLOCK_M=block_m,
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
-        AHEAD=AHEAD,
+        EARLY=EARLY,
         **launch_options(rows.device),
         num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        num_stages=num_stages(block_m),
     )
     return out
 
@@ -145,6 +143,7 @@ def linear_parts(
 def gated_linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Launch; arguments and result as in `api.gated_linear`."""
     (count, width), size = rows.shape, weight.shape[0] // 2
+    block_m = max(16, triton.next_power_of_2(count))
     out = torch.empty(count, size, dtype=rows.dtype, device=rows.device)
     gated_linear_kernel[(size // (BLOCK_N // 2),)](
         rows,
@@ -155,12 +154,12 @@ def gated_linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         size,
         width,
         HAS_BIAS=bias is not None,
-        BLOCK_M=max(16, triton.next_power_of_2(count)),
+        BLOCK_M=block_m,
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
-        AHEAD=AHEAD,
+        EARLY=EARLY,
         **launch_options(rows.device),
         num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        num_stages=num_stages(block_m),
     )
     return out
