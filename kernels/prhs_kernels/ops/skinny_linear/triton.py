@@ -12,7 +12,7 @@ from prhs_kernels.ops.pdl import launch_options
 
 BLOCK_N, BLOCK_K = 64, 128
 NUM_WARPS = 4
-EARLY = True
+EARLY = False
 
 
 def num_stages(block_m: int) -> int:
