@@ -60,22 +60,21 @@ def measure(plan: Plan, session: Session, device: str, dtype: torch.dtype) -> bo
         session.progress("bench decode", done, len(work))
         row = Row(problem, case.name, case.kind, 0)
         try:
-            subject = _subject(subject, point, dtype, device)
+            if subject is None or subject.point != point:
+                subject = None  # its memory is needed
+                subject = _subject(point, dtype, device)
             spent, num_bytes, values = case.run(subject)
             row = dataclasses.replace(row, timing=spent, num_bytes=int(num_bytes), values=values)
         except Exception as error:  # the report says what failed
-            row = failure(row, error, f"needs about {_gib(point, dtype):.1f} GiB")
+            row = failure(row, error, f"needs about {_gib(point, dtype):.0f} GiB")
         session.keep({"key": key, **dataclasses.asdict(row), "copy_rate": rate})
         gc.collect()
     session.progress("bench decode", len(work), len(work))
     return True
 
 
-def _subject(last: Subject | None, point: Point, dtype: torch.dtype, device: str) -> Subject:
-    """The point's model: the last one if it fits."""
-    if last is not None and last.point == point:
-        return last
-    last = None  # its memory is needed
+def _subject(point: Point, dtype: torch.dtype, device: str) -> Subject:
+    """The point's model, if it and its cache fit."""
     gc.collect()
     free = free_bytes(device)
     if free is not None and _gib(point, dtype) * 2**30 > free:

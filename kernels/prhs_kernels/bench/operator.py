@@ -23,6 +23,8 @@ __all__ = ["RATIOS", "Plan", "cost", "default_points", "derive", "measure", "tab
 RATIOS = (0.0, 1 / 16, 1 / 8, 1.0)  # of the rows that retrieve
 CASE_SECONDS, SLOW_SECONDS = 1.5, 20.0  # to compile and check a case; one that torch compiles
 
+Group = Callable[[Inputs], Iterator[Case]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -56,7 +58,7 @@ def toy_points() -> tuple[Point, ...]:
     return (Point(TOY, 1, 96, 60),)
 
 
-def passes(plan: Plan) -> list[Callable[[Inputs], Iterator[Case]]]:
+def passes(plan: Plan) -> list[Group]:
     """Groups of cases; every problem has had one before the next begins."""
 
     def main(inputs: Inputs) -> Iterator[Case]:
@@ -70,27 +72,29 @@ def passes(plan: Plan) -> list[Callable[[Inputs], Iterator[Case]]]:
 
 def measure(plan: Plan, session: Session, device: str, dtype: torch.dtype) -> bool:
     """Run what the session does not have yet; False if it ran out of time before the end."""
-    spent = timing.copy_time(device)
-    rate = timing.copy_bytes(device) / spent.p50
+    rate = timing.copy_bytes(device) / timing.copy_time(device).p50
     work = [(group, problem) for group in passes(plan) for problem in plan.problems]
-    total = sum(1 for group, problem in work for _ in group(Inputs(problem, dtype, device)))
-    done = 0
-    for group, problem in work:
-        inputs = Inputs(problem, dtype, device)
-        for case in group(inputs):
-            done += 1
-            key = case.key(problem)
-            if session.has(key):
-                continue
-            if session.out_of_time():
+    counts = [sum(1 for _ in group(Inputs(problem, dtype, device))) for group, problem in work]
+    for place, (group, problem) in enumerate(work):
+        for done, row in enumerate(_rows(group, Inputs(problem, dtype, device), session, device), 1):
+            session.progress("bench operator", sum(counts[:place]) + done, sum(counts))
+            if row is not None:
+                session.keep({**row, "copy_rate": rate})
+            elif session.out_of_time():
                 return False
-            session.progress("bench operator", done - 1, total)
-            row = _short_of_memory(case, inputs, device) or run(case, problem, device)
-            session.keep(record(row, key, rate))
-        del inputs
-        gc.collect()
-    session.progress("bench operator", total, total)
+        gc.collect()  # tensors of this problem, before those of the next
     return True
+
+
+def _rows(group: Group, inputs: Inputs, session: Session, device: str) -> Iterator[Record | None]:
+    """A row per case that was run, None for one that was not: it is finished, or time is up."""
+    for case in group(inputs):
+        key = case.key(inputs.problem)
+        if session.has(key) or session.out_of_time():
+            yield None
+        else:
+            row = _short_of_memory(case, inputs, device) or run(case, inputs.problem, device)
+            yield {"key": key, **dataclasses.asdict(row)}
 
 
 def _short_of_memory(case: Case, inputs: Inputs, device: str) -> Row | None:
@@ -100,11 +104,6 @@ def _short_of_memory(case: Case, inputs: Inputs, device: str) -> Row | None:
         return None
     error = f"needs about {inputs.num_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
     return Row(inputs.problem, case.name, case.kind, case.num_bytes, status="out of memory", error=error)
-
-
-def record(row: Row, key: str, rate: float) -> Record:
-    """The row as JSON; copy_rate: bytes per microsecond of a copying kernel in the same run."""
-    return {"key": key, **dataclasses.asdict(row), "copy_rate": rate}
 
 
 def cost(plan: Plan, dtype: torch.dtype) -> list[dict[str, Any]]:
