@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from prhs_kernels.bench import peers, report, session
+from prhs_kernels.bench import operator, peers, report, session
 from prhs_kernels.bench.cases import Case, Inputs, Problem, run
 from prhs_kernels.bench.dense_cases import AS_GPT_FAST
 from prhs_kernels.bench.operator import Plan, cost, default_points
@@ -136,8 +136,22 @@ def test_what_fails_is_a_row() -> None:
         raise torch.cuda.OutOfMemoryError("tried to allocate 3 GiB")
 
     assert timed(broken).error == "RuntimeError: No available kernel"
-    found = timed(full)
-    assert found.status == "out of memory" and "3 GiB" in found.error and found.timing is None
+    found = run(Case("case", "sparse", 5, full), PROBLEM, "cpu", "needs about 9.0 GiB")
+    assert found.status == "out of memory" and found.timing is None
+    assert found.error == "needs about 9.0 GiB: OutOfMemoryError: tried to allocate 3 GiB"
+
+
+def test_too_large_for_the_device_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is allocated to find out."""
+    monkeypatch.setattr(operator, "free_bytes", lambda device: 2**30)
+    monkeypatch.setattr(Inputs, "_random", lambda *arguments: pytest.fail("allocated"))
+    monkeypatch.setattr(operator.timing, "copy_time", lambda device: Timing(1.0, 1.0, 1.0))
+    done = Session([], lambda rows: None)
+    plan = Plan(grid(["llama-3-8b"], [64], [2**20], [1024]), (0.0,))
+    assert operator.measure(plan, done, "cuda", torch.bfloat16) and len(done.rows) > 10
+    for found in done.rows:
+        assert found["status"] == "out of memory" and found["timing"] is None
+        assert "GiB, 1.0 GiB are free" in found["error"] and found["error"].startswith("needs about ")
 
 
 def test_session_writes_after_every_row_and_stops_when_the_device_is_lost() -> None:

@@ -91,14 +91,14 @@ class Row:
     values: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def run(case: Case, problem: Problem, device: str) -> Row:
+def run(case: Case, problem: Problem, device: str, needed: str = "") -> Row:
     """Check, measure, and turn whatever goes wrong into a row: a wrong result is never timed."""
     row = Row(problem, case.name, case.kind, case.num_bytes, note=case.note)
     try:
         timing = measure(case.prepare(), device, before=case.before)
         return dataclasses.replace(row, timing=timing, values=case.values())
     except Exception as error:  # the report says what failed
-        return failure(row, error)
+        return failure(row, error, needed)
 
 
 def failure(row: Row, error: Exception, needed: str = "") -> Row:

@@ -93,7 +93,7 @@ def _rows(group: Group, inputs: Inputs, session: Session, device: str) -> Iterat
         if session.has(key) or session.out_of_time():
             yield None
         else:
-            row = _short_of_memory(case, inputs, device) or run(case, inputs.problem, device)
+            row = _short_of_memory(case, inputs, device) or run(case, inputs.problem, device, needs(inputs))
             yield {"key": key, **dataclasses.asdict(row)}
 
 
@@ -102,8 +102,12 @@ def _short_of_memory(case: Case, inputs: Inputs, device: str) -> Row | None:
     free = free_bytes(device)
     if free is None or "keys" in vars(inputs) or inputs.num_bytes <= free:
         return None
-    error = f"needs about {inputs.num_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    error = f"{needs(inputs)}, {free / 2**30:.1f} GiB are free"
     return Row(inputs.problem, case.name, case.kind, case.num_bytes, status="out of memory", error=error)
+
+
+def needs(inputs: Inputs) -> str:
+    return f"needs about {inputs.num_bytes / 2**30:.1f} GiB"
 
 
 def cost(plan: Plan, dtype: torch.dtype) -> list[dict[str, Any]]:
