@@ -103,8 +103,11 @@ def _draw(axis: Axes, panel: Panel, budgets: list[float]) -> None:
     axis.set_xlabel("attended fraction (kept / visible)")  # three panels in a row have no room for more
     exact = panel.unit == "exact match"
     axis.set_ylabel("exact match (share of items)" if exact else panel.unit)
+    scores = [row["score"]["mean"] for row in panel.rows]
     if exact:
         axis.set_ylim(-0.03, 1.03)
+    elif min(scores) > 0 and max(scores) / min(scores) > style.LOG_RANGE:
+        axis.set_yscale("log")
 
 
 def _series(axis: Axes, rows: list[dict[str, Any]], look: dict[str, Any], aside: float) -> None:

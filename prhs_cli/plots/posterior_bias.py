@@ -14,7 +14,6 @@ from prhs_cli.plots import style
 from prhs_kernels.errors import InputError
 
 KIND = "posterior-bias"
-LOG_RANGE = 20  # largest / smallest value from which on a linear axis would hide the small ones
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -93,7 +92,7 @@ def _excess(axis: Axes, data: dict[str, Any]) -> None:
 
 def _excess_axis(axis: Axes, values: list[float]) -> None:
     axis.set_ylabel("excess dropped mass (fraction)")
-    if values and min(values) > 0 and max(values) / min(values) > LOG_RANGE:
+    if values and min(values) > 0 and max(values) / min(values) > style.LOG_RANGE:
         axis.set_yscale("log")
         # intervals may reach zero, which a logarithmic axis cannot show
         axis.set_ylim(min(values) / 3, max(values) * 2)

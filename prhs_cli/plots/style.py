@@ -21,6 +21,8 @@ from prhs_kernels.errors import InputError, UsageError
 
 WIDTH = 7.0  # inches, the text width of a two-column paper
 FORMATS = (".png", ".svg", ".pdf")
+LOG_RANGE = 20  # largest / smallest value from which on a linear axis would hide the small ones
+LEGEND_ENTRIES = 6  # more of them stand in four columns, else they leave the page
 CAPTION_COLUMNS = 150  # characters of a caption line at `WIDTH`
 
 
@@ -163,6 +165,7 @@ def errors(entries: Sequence[dict[str, Any]]) -> Any:
 def legend_above(figure: Figure, axis: Axes, columns: int) -> None:
     """One legend for all panels, above them, where it hides no data."""
     handles, labels = axis.get_legend_handles_labels()
+    columns = min(columns, 4) if len(labels) > LEGEND_ENTRIES else columns
     figure.legend(
         handles, labels, loc="outside upper center", ncols=columns, columnspacing=1.4, handlelength=2.6
     )

@@ -195,6 +195,14 @@ def test_bars_are_the_paired_interval(result: Path) -> None:
     assert [segment[:, 1].tolist() for segment in bars] == [[11.5, 13.0]] * 2
 
 
+def test_a_wild_perplexity_gets_a_logarithmic_axis(result: Path) -> None:
+    def planted(data: dict[str, Any]) -> None:
+        data["rows"][-1]["score"] |= {"mean": 1e5}
+
+    assert drawn(result).axes[1].get_yscale() == "linear"
+    assert drawn(result, planted).axes[1].get_yscale() == "log"
+
+
 def test_legend_and_panels_do_not_touch(result: Path) -> None:
     def many(data: dict[str, Any]) -> None:
         for group in ("rows", "averages"):

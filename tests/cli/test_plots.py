@@ -249,6 +249,20 @@ def test_data_reaches_the_axes() -> None:
     assert all(len(line.get_xdata()) == 20 for line in positions.get_lines())  # type: ignore[arg-type]
 
 
+def test_all_selectors_fit_on_the_page() -> None:
+    result = posterior_bias_result()
+    cells = result["data"]["cells"]
+    for name in style.OTHERS:
+        cells += [copy.deepcopy(cell) | {"selector": name} for cell in cells[:3]]
+    with style.styled():
+        figure = posterior_bias.figure(result)
+        figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == len(style.EVERY) + 1
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
 def test_single_prompt_has_no_intervals() -> None:
     result = posterior_bias_result()
 
