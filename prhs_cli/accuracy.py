@@ -18,7 +18,26 @@ def tables(data: dict[str, Any]) -> list[Any]:
             continue
         title = f"mean of {len(row['tasks'])} tasks at {row['length']} tokens: exact match"
         groups.setdefault(title, []).append(row)
-    return [_table(title, rows) for title, rows in groups.items()]
+    return [_table(title, rows) for title, rows in groups.items()] + _equal_bytes(data.get("equal_bytes", []))
+
+
+def _equal_bytes(entries: list[dict[str, Any]]) -> list[Any]:
+    """PrHS beside the others where they read as many bytes; nothing when none of them does."""
+    names = list(dict.fromkeys(name for entry in entries for name in entry["others"]))
+    if not names:
+        return []
+    lines = [
+        [
+            entry["length"] or "-",
+            entry["point"],
+            entry["kv_bytes_read"],
+            f"{entry['score']:.3g}",
+            *(f"{entry['others'][name]:.3g}" if name in entry["others"] else "-" for name in names),
+        ]
+        for entry in entries
+    ]
+    title = "at equal KV bytes: exact match, others interpolated between their budgets"
+    return [table(["length", "point", "KV read", "prhs", *names], lines, title=title)]
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Any:

@@ -537,3 +537,22 @@ def test_items_of_tasks_fit_the_random_state() -> None:
     state = random.getstate()
     TASKS["single_needle"].build(tiny_tokenizer(), length=300, seed=0, templates="seen")
     assert random.getstate() == state
+
+
+def test_equal_bytes_interpolates_between_budgets_and_never_beyond() -> None:
+    def row(selector: str, read: float, score: float, length: int = 64) -> dict[str, Any]:
+        return {
+            "selector": selector,
+            "point": f"{selector}@{read}",
+            "length": length,
+            "kv_bytes_read": read,
+            "attended_fraction": read / 2,
+            "score": {"mean": score},
+        }
+
+    means = [row("dense", 1.0, 1.0), row("prhs", 0.15, 0.9), row("prhs", 0.5, 1.0)]
+    means += [row("quest", 0.2, 0.8), row("quest", 0.1, 0.4), row("oracle", 0.6, 1.0)]
+    means += [row("quest", 0.4, 0.0, length=128), row("quest", 0.6, 0.0, length=128)]
+    first, second = rows.at_equal_bytes(means)
+    assert first["point"] == "prhs@0.15" and first["others"] == {"quest": pytest.approx(0.6)}
+    assert second["others"] == {}, "nothing is said about bytes that no budget of another selector reads"

@@ -177,6 +177,7 @@ def evaluate(
                 table.append(row)
                 samples[f"{task}/{length}/{row['point']}"] = figures
         table += lm_harness.evaluate(loaded, bundle, plan, public, methods, store, report)
+    means = rows.averages(table, samples, plan.confidence)
     return {
         "loop": "closed; every scored token is a decode step, teacher forced in the built-in tasks",
         "interval": f"paired percentile bootstrap over examples, {plan.confidence:g}, {RESAMPLES} resamples; "
@@ -184,7 +185,8 @@ def evaluate(
         **dataclasses.asdict(plan),
         "descriptions": {task: TASKS[task].description for task in plan.tasks},
         "rows": table,
-        "averages": rows.averages(table, samples, plan.confidence),
+        "averages": means,
+        "equal_bytes": rows.at_equal_bytes(means),
     }
 
 

@@ -138,6 +138,32 @@ def averages(
     return found
 
 
+def at_equal_bytes(means: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every point of PrHS beside what each other selector scores where it reads as many KV bytes.
+
+    means: rows of `averages`. Scores of a selector are taken as linear in the bytes between its budgets; one
+    that reads no point's bytes on either side is left out.
+    """
+    found = []
+    for row in means:
+        if row["selector"] != PREHOC:
+            continue
+        others: dict[str, float] = {}
+        for name in dict.fromkeys(other["selector"] for other in means):
+            line = sorted(
+                (other["kv_bytes_read"], other["score"]["mean"])
+                for other in means
+                if other["selector"] == name and other["length"] == row["length"]
+            )
+            if name in (PREHOC, DENSE) or not line or not line[0][0] <= row["kv_bytes_read"] <= line[-1][0]:
+                continue
+            reads, values = [read for read, _ in line], [value for _, value in line]
+            others[name] = float(np.interp(row["kv_bytes_read"], reads, values))
+        entry = {name: row[name] for name in ("length", "point", "kv_bytes_read", "attended_fraction")}
+        found.append(entry | {"score": row["score"]["mean"], "others": others})
+    return found
+
+
 def _mean(values: Sequence[float]) -> float:
     measured = [value for value in values if not math.isnan(value)]
     return float(np.mean(measured)) if measured else math.nan
