@@ -15,7 +15,7 @@ from prhs_cli.errors import Interrupted
 from prhs_cli.loading import Source
 from prhs_cli.output import Output
 from prhs_cli.prompt_files import Prompt
-from prhs_kernels.errors import PrhsError
+from prhs_kernels.errors import PrhsError, UsageError
 from prhs_kernels.runtime.distributed import from_rank_zero, launched
 
 if TYPE_CHECKING:
@@ -75,6 +75,11 @@ class Job:
             "lambda": float(bundle.dial[dial]),
         }
         variants = {"sparse": bundle.params(dial)} | ({"dense": dense_params(config)} if dense else {})
+        if settings["audit"] is not None and variants["sparse"].layer is not None:
+            out.note(
+                "the audit measures against the keys in use; what ETF's frozen prompt tokens change is the "
+                "calibration's estimate"
+            )
         stops = prompting.stop_token_ids(loaded.model, loaded.tokenizer)
         room = Room(config, loaded.dtype, loaded.device, num_ranks(loaded.model))
         return cls(out, loaded, variants, facts, sampling, settings, stops, room)
@@ -103,18 +108,19 @@ class Job:
         from prhs_kernels.runtime.batches import generate_batch
         from prhs_kernels.runtime.decode import Generation
 
-        run = Generation()
+        run, params = Generation(), self.variants[variant]
+        own = {"audit": None} if params.is_dense else {}
         sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + seed)
         made += [[] for _ in requests]
         with self.room.explained(_width(requests), len(requests)):
             for tokens in generate_batch(
                 self.loaded.model,
                 requests,
-                self.variants[variant],
+                params,
                 run=run,
                 sampling=sampling,
                 stop_token_ids=self.stops,
-                **self.settings,
+                **{**self.settings, **own},
             ):
                 for row, token in zip(made, tokens, strict=True):
                     row += [] if token is None else [token]
@@ -157,7 +163,20 @@ class Job:
         """Counts, speed and budgets of everything that ran, per variant."""
         from prhs_kernels.runtime.batches import summarize
 
-        return {name: summarize(self.runs[name], self.lengths[name]) for name in self.runs}
+        delta = self.facts["delta"]
+        return {name: summarize(self.runs[name], self.lengths[name], delta) for name in self.runs}
+
+
+def settings(backend: str, mode: str, audit: float | None, *, compares: bool) -> dict[str, Any]:
+    """Arguments of `generate_tokens`; UsageError for options that exclude each other."""
+    if audit is not None and (mode == "released" or backend == "triton"):
+        option = "--mode released" if mode == "released" else "--backend triton"
+        raise UsageError(
+            f"--audit and {option} exclude each other: what is audited is kept, by the reference"
+        )
+    # whoever compares, audits, releases or names a backend wants sparse attention, be it slower
+    fallback = backend == "auto" and mode == "audited" and audit is None and not compares
+    return {"backend": backend, "mode": mode, "audit": audit, "dense_fallback": fallback}
 
 
 def _check_backend(backend: Any, source: Source) -> None:

@@ -17,6 +17,14 @@ def _fraction(value: float | None) -> float | None:
     return value
 
 
+def _share(value: float | None) -> float | None:
+    if value is not None and not 0 < value <= 1:
+        raise typer.BadParameter(
+            f"{value:g} is not in (0, 1]; 0.05 measures every twentieth unit, 1 all of them"
+        )
+    return value
+
+
 def _temperature(value: float) -> float:
     if not 0 <= value < float("inf"):
         raise typer.BadParameter(f"{value:g} is not a number >= 0; 0 is greedy")
@@ -164,6 +172,15 @@ Mode = Annotated[
         "--mode",
         help="`audited` keeps every position, so that the dropped mass can be measured; `released` frees the "
         "memory of positions that no later step can reach.",
+    ),
+]
+Audit = Annotated[
+    float | None,
+    typer.Option(
+        callback=_share,
+        metavar="P",
+        help="Measure this run's own dropped mass: retrievals exactly, and a share P of the other units.",
+        show_default=False,
     ),
 ]
 Temperature = Annotated[

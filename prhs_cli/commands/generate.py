@@ -11,7 +11,7 @@ from prhs_cli import continuing, options, prompt_files
 from prhs_cli.answers import AnswerFile
 from prhs_cli.loading import Source
 from prhs_cli.output import Output, interruptible
-from prhs_cli.run_report import agreement_line, stats_table
+from prhs_cli.run_report import agreement_line, audit_line, stats_table
 from prhs_kernels.runtime.distributed import finish
 
 EPILOG = """\b
@@ -24,6 +24,7 @@ Examples:
   prhs generate --prompt-file question.txt --stats
   cat question.txt | prhs generate --prompt-file - --max-new-tokens 200
   prhs generate --prompt-file question.txt --delta 0.1 --compare dense
+  prhs generate --prompt-file question.txt --audit 0.1 --stats
   prhs generate --prompt-file question.txt --temperature 0.8 --top-p 0.95 --seed 1
   prhs generate --prompt-file questions.jsonl --output answers.jsonl --batch-size 8
   torchrun --nproc-per-node 2 -m prhs_cli generate --prompt-file question.txt --model llama-3.1-8b
@@ -78,6 +79,7 @@ def command(
     ] = False,
     backend: options.Backend = "auto",
     mode: options.Mode = "audited",
+    audit: options.Audit = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not use the tokenizer's chat template.")] = False,
     revision: options.Revision = None,
     device: options.Device = "auto",
@@ -101,16 +103,14 @@ def command(
 
     source = Source(model, bundle, revision, device, dtype, spread="heads")
     sampling = Sampling(temperature, top_p, seed)
-    # whoever compares, releases or names a backend wants sparse attention, be it slower
-    fallback = backend == "auto" and mode == "audited" and compare is None
-    settings = {"backend": backend, "mode": mode, "dense_fallback": fallback}
+    settings = continuing.settings(backend, mode, audit, compares=compare is not None)
     job = continuing.Job.prepare(out, source, delta, sampling, settings, dense=compare is not None)
     requests = job.requests(prompts.prompts, raw, max_new_tokens)
     if prompts.is_text and file is None:
         with interruptible("the text so far is all there is"):
             answer = continuing.stream(job, requests[0])
         summary = job.summary()
-        parts = _parts([answer], summary if stats else {})
+        parts = _parts(job, [answer], stats)
         out.result({**job.facts, **answer, **{n: {**answer[n], **summary[n]} for n in summary}}, *parts)
     else:
         answers = continuing.answer_all(job, prompts.prompts, requests, batch_size, file)
@@ -118,14 +118,16 @@ def command(
         whole = {"answers": len(answers), "output": None if file is None else str(file.path)}
         if file is not None:
             parts = [f"{len(answers)} new answers of {len(requests)} prompts in {file.path}"]
-            out.result({**job.facts, **whole, **summary}, *parts, *_parts(answers, summary if stats else {}))
+            out.result({**job.facts, **whole, **summary}, *parts, *_parts(job, answers, stats))
         elif stats or not out.as_json:  # the answers are on the screen, with --json one per line
             data = {**job.facts, **whole, **summary}
-            out.line(data) if out.as_json else out.result(data, *_parts(answers, summary if stats else {}))
+            out.line(data) if out.as_json else out.result(data, *_parts(job, answers, stats))
     finish()
 
 
-def _parts(answers: list[dict[str, Any]], summary: dict[str, dict[str, Any]]) -> list[Any]:
-    """The line about dense attention, when it ran too, and the table, when it was asked for."""
+def _parts(job: continuing.Job, answers: list[dict[str, Any]], stats: bool) -> list[Any]:
+    """The lines about dense attention and the audit, when they ran, and the table, when it was asked for."""
+    summary = job.summary()
     lines = [agreement_line(answers)] if answers and "dense" in answers[0] else []
-    return [*lines, *([stats_table(summary)] if summary else [])]
+    audited = audit_line(summary, job.facts["delta"])
+    return [*lines, *filter(None, [audited]), *([stats_table(summary)] if stats and summary else [])]

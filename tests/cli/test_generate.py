@@ -107,6 +107,28 @@ def test_released_mode_writes_the_same_tokens(prhs: Prhs, workplace: Workplace, 
     assert figures[1]["kv_bytes_resident"] <= dense[1]
 
 
+def test_an_audit_of_everything_is_the_dropped_mass(
+    prhs: Prhs, workplace: Workplace, questions: Path
+) -> None:
+    command = generation(workplace, questions, "--batch-size", 2, "--delta", 0.4)
+    whole = lines(prhs(*command, "--audit", 1, "--json", "--stats").out)
+    plain = lines(prhs(*command, "--json").out)
+    assert [a["sparse"] for a in whole[:-1]] == [a["sparse"] for a in plain], "it changes nothing"
+    figures = whole[-1]["sparse"]
+    mass = figures["audited_dropped_mass"]
+    assert 0 < mass < 1 and figures["mode"] == "audited" and figures["audited_units"] > 0
+    assert figures["audited_dropped_mass_lower"] == figures["audited_dropped_mass_upper"] == mass
+    assert figures["audit_verdict"] == ("held" if mass <= 0.4 else "violated")
+    part = lines(prhs(*command, "--audit", 0.3, "--json", "--stats").out)[-1]["sparse"]
+    assert part["audited_dropped_mass_lower"] <= mass <= part["audited_dropped_mass_upper"]
+    shown = prhs(*command, "--audit", 1, "--compare", "dense", "--stats")
+    assert shown.code == 0 and "dropped mass of this run" in shown.out and "δ = 0.4" in shown.out
+    for more in (("--mode", "released"), ("--backend", "triton")):
+        refused = prhs(*command, "--audit", 0.1, *more)
+        assert refused.code == 2 and "exclude each other" in refused.error
+    assert prhs(*command, "--audit", 0).code == 2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_backend_that_cannot_run_here_is_4_before_the_model_is_read(
     prhs: Prhs, workplace: Workplace, questions: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ from prhs_kernels.params import DepthParams, FreezeMode, LayerParams
 from prhs_kernels.runtime.attach import dense_params, sparse_attention
 from prhs_kernels.runtime.decode import Generation, Sampler, Sampling, generate_tokens, left_pad
 from prhs_kernels.runtime.scoring import Scorer
+from prhs_kernels.runtime.stats import DecodeStats
 from prhs_kernels.testing.inputs import exact_model, random_tokens, selector_params
 from prhs_kernels.testing.models import tiny_model
 from prhs_kernels.testing.runs import VARIANTS
@@ -130,6 +131,27 @@ def test_stop_tokens_end_each_sequence_for_itself() -> None:
         column = [row[index] for row in rows]
         assert column[: end + 1] == free[index][: end + 1], "the stop token itself is given"
         assert column[end + 1 :] == [None] * (len(rows) - end - 1)
+
+
+@pytest.mark.parametrize("mode", ["audited", "released"])  # the reference loop, and the engine
+def test_every_sequence_may_have_a_limit_of_its_own(mode: Any) -> None:
+    model = exact_model("llama")
+    params = selector_params(model.config, time=TIME)
+    limits, free = [3, 8, 1], made(model, PROMPTS, params)
+    run, alone = Generation(), DecodeStats()
+    rows = list(generate_tokens(model, PROMPTS, params, max_new_tokens=limits, run=run, mode=mode))
+    assert len(rows) == 8 == run.new_tokens
+    for index, limit in enumerate(limits):
+        column = [row[index] for row in rows]
+        assert column == free[index][:limit] + [None] * (8 - limit)
+        single = Generation()
+        made(model, PROMPTS[index : index + 1], params, count=limit, run=single)
+        alone = alone.merged(single.stats)
+    assert run.stats.units == alone.units == (2 + 7) * 4 * 2
+    assert run.stats.to_dict() == pytest.approx(alone.to_dict(), rel=1e-9)
+    for wrong in ([3, 8], [3, 8, 0], 0):
+        with pytest.raises(UsageError, match="at least 1, for all or for each prompt"):
+            made(model, PROMPTS, params, count=wrong)  # type: ignore[arg-type]
 
 
 def test_tokens_come_as_they_are_made() -> None:

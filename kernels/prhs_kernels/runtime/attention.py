@@ -191,6 +191,8 @@ def _decode(
 
     if cache.selector is None:
         kept, retrieved, contested = _own_sets(cache, layer, query, query_pre, key, scores, rows, scaling)
+        if cache.auditor is not None:
+            cache.auditor.add(scores, kept, retrieved, visible, cache.alive)
     else:
         _check_single(rows, "a comparison selector")
         dense = _dense_probs(query, scores(), visible, None, scaling)

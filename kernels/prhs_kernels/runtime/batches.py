@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from prhs_kernels.errors import UsageError
 from prhs_kernels.params import SelectorParams
+from prhs_kernels.runtime.auditing import merged
 from prhs_kernels.runtime.decode import Generation, generate_tokens
 from prhs_kernels.runtime.distributed import merge_run
 from prhs_kernels.runtime.stats import DecodeStats
@@ -50,34 +50,24 @@ def generate_batch(
 
     `settings` go to `generate_tokens`; `run` counts what it does, in the end on all ranks together.
     """
-    limits = [request.max_new_tokens for request in requests]
-    stops = set(settings.get("stop_token_ids", ()))
-    alive = [True] * len(requests)
-    stream: Any = generate_tokens(
+    yield from generate_tokens(
         model,
         [request.tokens for request in requests],
         params,
-        max_new_tokens=max(limits, default=0),
+        max_new_tokens=[request.max_new_tokens for request in requests],
         run=run,
         **settings,
     )
-    with contextlib.closing(stream):
-        for count, made in enumerate(stream, start=1):
-            tokens = [token if living else None for token, living in zip(made, alive, strict=True)]
-            yield tokens
-            alive = [
-                living and count < limit and token not in stops
-                for living, limit, token in zip(alive, limits, tokens, strict=True)
-            ]
-            if not any(alive):
-                break
     merge_run(model, run)
 
 
-def summarize(runs: Sequence[Generation], made: Sequence[Sequence[int]]) -> dict[str, float | int | str]:
+def summarize(
+    runs: Sequence[Generation], made: Sequence[Sequence[int]], delta: float | None = None
+) -> dict[str, float | int | str]:
     """What `prhs generate --stats` prints of all batches: sums, or over the batches the mean or largest.
 
     made: the number of new tokens of every sequence of every batch; the first of each belongs to the prefill.
+    delta: what an audit is judged against.
     """
     steps = sum(run.new_tokens - 1 for run in runs)
     seconds = sum(run.decode_seconds for run in runs)
@@ -85,6 +75,7 @@ def summarize(runs: Sequence[Generation], made: Sequence[Sequence[int]]) -> dict
     stats = DecodeStats()
     for run in runs:
         stats = stats.merged(run.stats)
+    audits = [run.audit for run in runs if run.audit is not None]
     return {
         "prompts": sequences,
         "batches": len(runs),
@@ -97,6 +88,7 @@ def summarize(runs: Sequence[Generation], made: Sequence[Sequence[int]]) -> dict
         "kv_bytes_resident": max((run.kv_bytes_resident for run in runs), default=0),
         "kv_bytes_resident_dense": max((run.kv_bytes_resident_dense for run in runs), default=0),
         **{name: _words(getattr(run, name) for run in runs) for name in ("mode", "backend", "attention")},
+        **(merged(audits).to_dict(delta) if audits else {}),
     }
 
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.backend import Backend
 from prhs_kernels.params import SelectorParams
+from prhs_kernels.runtime.auditing import Auditor
 from prhs_kernels.runtime.stats import DecodeStats
 from prhs_kernels.selectors.base import Rows, StepSelector
 from prhs_kernels.selectors.cis import AnchorState
@@ -118,6 +119,7 @@ class PrhsCache(Cache):  # type: ignore[misc]
         self.keep_queries = keep_queries  # of the prompt; some comparison selectors look at its attention
         self.backend: Backend = "auto"  # of the prefill's attention
         self.stats = DecodeStats()
+        self.auditor: Auditor | None = None  # counts what decode steps drop
         self.alive: torch.Tensor | None = None  # [batch] bool, sequences that still count; None for all
         self.forward: Forward | None = None
         self.treat_as_decode = False  # scoring: a run of given tokens counts as decode steps

@@ -13,7 +13,10 @@ from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.backend import Backend, use_triton
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import sparse_attention
+from prhs_kernels.runtime.audit import Audit
+from prhs_kernels.runtime.auditing import Auditor
 from prhs_kernels.runtime.cache import PrhsCache
+from prhs_kernels.runtime.distributed import launched
 from prhs_kernels.runtime.engine import (
     Attention,
     DecodeEngine,
@@ -25,6 +28,8 @@ from prhs_kernels.runtime.floor import memory_bandwidth, step_floor
 from prhs_kernels.runtime.sampling import Sampler, Sampling
 from prhs_kernels.runtime.stats import DecodeStats
 from prhs_kernels.selectors.base import StepSelector
+
+AUDIT_SEED = 20_260_209  # of the audit's coin: nothing of a request, so that no one can tune it
 
 
 @dataclasses.dataclass
@@ -40,6 +45,7 @@ class Generation:
     mode: Mode = "audited"  # or `released`; see docs/notation.md
     backend: str = "reference"  # what ran: `reference` or `triton`
     attention: Attention = "sparse"
+    audit: Audit | None = None  # what was dropped, if that was asked for
     notes: list[str] = dataclasses.field(default_factory=list)  # what the user should hear, once
     stats: DecodeStats = dataclasses.field(default_factory=DecodeStats)
 
@@ -84,10 +90,15 @@ class _Request:
     ids: torch.Tensor
     mask: torch.Tensor
     prompt_steps: int
-    max_new_tokens: int
+    limits: torch.Tensor  # [batch] int64 on the host, new tokens of each
     sampling: Sampling
     stop_token_ids: tuple[int, ...]
     run: Generation
+    auditor: Auditor | None
+
+    @property
+    def max_new_tokens(self) -> int:
+        return int(self.limits.max())
 
 
 def generate_tokens(
@@ -95,7 +106,7 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     params: SelectorParams,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: Sampling | None = None,
     stop_token_ids: Sequence[int] = (),
     pad_token_id: int = 0,
@@ -105,13 +116,16 @@ def generate_tokens(
     backend: Backend = "auto",
     mode: Mode = "audited",
     dense_fallback: bool = False,
+    audit: float | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every prompt, one decode step at a time.
 
     Args:
         prompts: token ids of each sequence; different lengths are padded on the left.
         params: the selectors; `dense_params(model.config)` for dense attention.
-        stop_token_ids: a sequence that produced one of them yields None from then on, and no longer counts.
+        max_new_tokens: of every sequence, or of each.
+        stop_token_ids: a sequence that produced one of them, or its last token, yields None from then on, and
+            no longer counts.
         run: filled with counts and times while the iterator is consumed.
         selector: another method in the place of the axes of `params`, for a single prompt.
         prompt_steps: that many last tokens of every prompt are fed as decode steps, one at a time, so that
@@ -121,23 +135,38 @@ def generate_tokens(
         mode: `released` frees what the windows no longer reach; by the engine, on any device.
         dense_fallback: let the engine attend to everything where shapes say that sparse attention cannot gain
             (`runtime.floor`); noted in `run`. Not for measuring a selector.
+        audit: measure the mass that this share of the units drops, retrievals always; by the reference loop,
+            in mode `audited`. The counts are in `run.audit`.
 
     Raises:
         UnsupportedModelError, InputError, UsageError: see `sparse_attention`.
         ResourceError: `backend="triton"` where triton cannot run; not enough memory.
     """
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens = {max_new_tokens} must be at least 1")
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(limits) != len(prompts) or min(limits, default=1) < 1:
+        raise UsageError(f"max_new_tokens = {max_new_tokens} must be at least 1, for all or for each prompt")
     if prompt_steps and not 0 < prompt_steps < min(map(len, prompts), default=0):
         raise UsageError(f"prompt_steps = {prompt_steps} must leave every prompt a token to prefill")
     if selector is not None and (backend == "triton" or mode == "released"):
         raise UsageError("a comparison selector runs on the reference, and releases nothing")
+    if audit is not None and (selector is not None or backend == "triton" or mode == "released"):
+        raise UsageError("an audit needs our own selectors, mode 'audited' and backend 'auto' or 'reference'")
     ids, mask = (tensor.to(model.device) for tensor in left_pad(prompts, pad_token_id))
     run = run if run is not None else Generation()
     run.mode = mode
     sampling = sampling or Sampling()
+    auditor = None if audit is None else Auditor(audit, seed=AUDIT_SEED + launched().rank)
     request = _Request(
-        model, params, ids, mask, prompt_steps, max_new_tokens, sampling, tuple(stop_token_ids), run
+        model,
+        params,
+        ids,
+        mask,
+        prompt_steps,
+        torch.tensor(limits),
+        sampling,
+        tuple(stop_token_ids),
+        run,
+        auditor,
     )
     run.attention = "dense" if params.is_dense else "sparse"
     if selector is None and _wants_engine(request, backend):
@@ -154,6 +183,8 @@ def _wants_engine(request: _Request, backend: Backend) -> bool:
     if not triton and request.run.mode == "audited":
         return False
     reason = engine_unsupported(model, params, "triton" if triton else "reference")
+    if request.auditor is not None:
+        reason = "it does not audit"
     if reason is None or backend == "triton" or request.run.mode == "released":
         return True  # the engine itself refuses what was asked for by name
     request.run.notes.append(f"decoding without the engine: {reason}")
@@ -205,11 +236,14 @@ def _engine_loop(request: _Request, backend: Backend) -> Iterator[list[int | Non
         for column in request.ids[:, prefix:].unbind(dim=1):
             engine.step(column)
         run.kv_bytes_resident, run.kv_bytes_resident_dense = engine.resident_bytes, engine.dense_bytes
-        shown = _Shown(request, began)
+        shown, limits = _Shown(request, began), request.limits.to(engine.device)
+        ends = set(request.limits.tolist())
         pending = shown.send(engine)
         for step in range(request.max_new_tokens):
             current = pending
             if step + 1 < request.max_new_tokens:
+                if step + 1 in ends:  # the engine itself knows of stop tokens only
+                    engine.alive.logical_and_(limits > step + 1)
                 engine.step()
                 pending = shown.send(engine)
             tokens = shown.receive(current)
@@ -230,6 +264,7 @@ class _Shown:
     def __init__(self, request: _Request, began: float) -> None:
         self._run, self._began = request.run, began
         self._stops = torch.tensor(request.stop_token_ids, dtype=torch.long)
+        self._limits = request.limits
         self.alive = torch.ones(request.ids.shape[0], dtype=torch.bool)
 
     def send(self, engine: DecodeEngine) -> tuple[torch.Tensor, torch.cuda.Event | None]:
@@ -257,7 +292,7 @@ class _Shown:
         run.decode_seconds = now - self._began
         run.new_tokens += 1
         shown = [int(t) if living else None for t, living in zip(tokens, self.alive, strict=True)]
-        self.alive &= ~torch.isin(tokens, self._stops)
+        self.alive &= ~torch.isin(tokens, self._stops) & (run.new_tokens < self._limits)
         return shown
 
 
@@ -269,6 +304,7 @@ def _reference_loop(request: _Request, selector: StepSelector | None) -> Iterato
     shown = _Shown(request, time.perf_counter())
     with sparse_attention(model, request.params, selector=selector) as cache:
         run.stats, cache.backend = cache.stats, "reference"
+        cache.auditor = request.auditor
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
         left = _feed(model, cache, ids, mask, positions, request.prompt_steps)
         ids, positions = ids[:, left], positions[:, left]
@@ -284,6 +320,7 @@ def _reference_loop(request: _Request, selector: StepSelector | None) -> Iterato
             tokens = shown.record(token.cpu())  # waits for the device, so the clock is honest
             run.kv_bytes_resident = cache.resident_bytes
             run.kv_bytes_resident_dense = cache.dense_bytes
+            run.audit = None if cache.auditor is None else cache.auditor.audit
             yield tokens
             if not bool(shown.alive.any()):
                 return

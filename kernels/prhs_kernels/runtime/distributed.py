@@ -84,9 +84,13 @@ def merge_run(model: PreTrainedModel, run: Generation) -> None:
     """Make what `run` counted on this rank's heads that of all ranks; every rank must call it."""
     if num_ranks(model) == 1:
         return
+    from prhs_kernels.runtime.auditing import merged
+
     parts = _gathered({f.name: float(getattr(run.stats, f.name)) for f in dataclasses.fields(run.stats)})
     for name in parts[0]:
         setattr(run.stats, name, sum(part[name] for part in parts))
+    if run.audit is not None:
+        run.audit = merged(_gathered(run.audit))
     sizes = _gathered((run.kv_bytes_resident, run.kv_bytes_resident_dense))
     run.kv_bytes_resident, run.kv_bytes_resident_dense = map(sum, zip(*sizes, strict=True))
 
