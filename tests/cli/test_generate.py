@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from .conftest import ROOT, Prhs, Workplace, random_text
+from .test_bad_input import rewrite_metadata
 
 TEXTS = {
     "short": "one two",
@@ -89,9 +90,12 @@ def test_stats_of_many_prompts(prhs: Prhs, workplace: Workplace, questions: Path
     assert "tokens per second, all sequences" in table and "attended fraction" in table
 
 
-def test_released_mode_writes_the_same_tokens(prhs: Prhs, workplace: Workplace, questions: Path) -> None:
-    audited = lines(prhs(*generation(workplace, questions, "--json", "--stats")).out)
-    released = lines(prhs(*generation(workplace, questions, "--json", "--stats", "--mode", "released")).out)
+def test_released_mode_writes_the_same_tokens(
+    prhs: Prhs, workplace: Workplace, questions: Path, tmp_path: Path
+) -> None:
+    exact = rewrite_metadata(workplace.bundle, tmp_path / "exact.safetensors", key_copy="exact")
+    command = generation(workplace, questions, "--json", "--stats", "--bundle", exact)
+    audited, released = lines(prhs(*command).out), lines(prhs(*command, "--mode", "released").out)
     tokens = [[answer["sparse"]["tokens"] for answer in answers[:-1]] for answers in (audited, released)]
     assert tokens[0] == tokens[1]
     figures = [answers[-1]["sparse"] for answers in (audited, released)]
@@ -127,6 +131,14 @@ def test_an_audit_of_everything_is_the_dropped_mass(
         refused = prhs(*command, "--audit", 0.1, *more)
         assert refused.code == 2 and "exclude each other" in refused.error
     assert prhs(*command, "--audit", 0).code == 2
+
+
+def test_the_engine_does_not_pass_over_a_key_copy(
+    prhs: Prhs, workplace: Workplace, questions: Path, tmp_path: Path
+) -> None:
+    copied = rewrite_metadata(workplace.bundle, tmp_path / "copied.safetensors", key_copy="int8")
+    done = prhs(*generation(workplace, questions, "--bundle", copied, "--mode", "released"))
+    assert done.code == 3 and "int8 copies of the keys" in done.error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from prhs_kernels.errors import UnsupportedModelError, UsageError
 from prhs_kernels.ops.backend import HEAD_DIMS, KERNEL_DTYPES, MAX_GROUP, Backend, use_triton
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.ops.retrieve.state import MAX_DILATION
 from prhs_kernels.ops.step_plan.api import PlanRule, StepPlan, step_plan
 from prhs_kernels.params import SelectorParams
@@ -37,6 +38,8 @@ def engine_unsupported(
     time, ranks = params.time, num_ranks(model)
     if ranks > 1:
         return f"the model is split over {ranks} ranks"
+    if time is not None and params.key_copy != KeyCopyKind.EXACT:
+        return f"retrievals of these parameters scan {params.key_copy.value} copies of the keys"
     if backend == "triton":
         if params.head_dim not in HEAD_DIMS:
             return f"head_dim = {params.head_dim} has no kernel"
