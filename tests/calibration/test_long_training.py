@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prhs_calibration.reference_model import data, measure, prepare, reference_path
+from prhs_calibration.reference_model import attention_figures, data, measure, prepare, reference_path
 from prhs_calibration.reference_model.checkpoint import apply_changes, save_changes
 from prhs_calibration.reference_model.fused import FusedLlama
 from prhs_calibration.reference_model.loader import Loader
@@ -246,7 +246,7 @@ def test_attention_figures_of_known_patterns(tmp_path):
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.zero_()  # every row uniform
-        figures = measure.attention_figures(
+        figures = attention_figures.attention_figures(
             FusedLlama(model, dtype=torch.float32), np.full((2, 64), 9, dtype=np.uint16), "cpu"
         )
     assert figures["positions_for_98_percent_mean"] == pytest.approx(0.98, abs=0.02)

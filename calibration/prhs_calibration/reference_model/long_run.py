@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import measure
+from . import attention_figures, measure
 from .attention_loss import row_loss
 from .checkpoint import apply_changes, load_state, save_changes, save_state
 from .fused import FusedLlama, fastest_backends
@@ -247,7 +247,7 @@ class LongRun:
     @torch.no_grad()
     def _log(self, figures: dict[str, Any]) -> None:
         batch = next(self.held_out)
-        cosines = measure.AdjacentCosine(len(self.model.model.layers))
+        cosines = attention_figures.AdjacentCosine(len(self.model.model.layers))
         ids = self._device(batch.ids.astype(np.int64))
         x = self.plain.hidden(ids, cosines)
         text, answer, exact = measure.batch_figures(self.plain, x, ids, batch)
