@@ -102,6 +102,29 @@ def test_no_prompt_is_in_two_splits(loaded: LoadedModel) -> None:
     assert not (splits[0] & splits[1] or splits[0] & splits[2] or splits[1] & splits[2])
 
 
+def test_the_key_copy_is_the_one_that_reads_the_fewest_bytes(outcome: CalibrationOutcome) -> None:
+    compared = {found["kind"]: found for found in outcome.summary["key_copies"]}
+    assert set(compared) == {"exact", "int8", "int4"}
+    chosen = outcome.bundle.metadata.key_copy
+    assert chosen == min(compared, key=lambda kind: compared[kind]["predicted_cost"])
+    assert outcome.bundle.params(0).key_copy == chosen
+    assert compared["int4"]["scan_row"] < compared["int8"]["scan_row"] < compared["exact"]["scan_row"] == 1.0
+    assert compared["int4"]["recall"] < compared["exact"]["recall"] == 1.0
+
+
+def test_a_key_copy_can_be_asked_for(loaded: LoadedModel) -> None:
+    bundle = run(loaded, key_copy="exact", num_prompts=6).bundle
+    assert bundle.metadata.key_copy == "exact" and bundle.params(0).scan_row == 1.0
+
+
+def test_the_tail_is_stored_and_lies_above_the_mean(outcome: CalibrationOutcome) -> None:
+    bundle = outcome.bundle
+    tail = bundle.tensors["profile/tail"]
+    assert tail.shape == bundle.dial.shape and float(tail[-1]) == 0.0
+    assert (tail[:-1].double() > bundle.mean_loss[:-1]).all()
+    assert outcome.summary["tail"] == pytest.approx(float(tail[bundle.metadata.dial_index]))
+
+
 @pytest.mark.parametrize("axes", [{"depth"}, {"layer"}, {"time", "depth"}])
 def test_axes_can_be_left_out(loaded: LoadedModel, axes: set[str]) -> None:
     bundle = run(loaded, axes=frozenset(axes), delta=0.5).bundle
@@ -121,6 +144,7 @@ def test_axes_can_be_left_out(loaded: LoadedModel, axes: set[str]) -> None:
         ({"delta": 0.02}, "at least 49"),
         ({"delta": 0.02, "target": "high-probability"}, "at least 149"),
         ({"axes": frozenset({"width"})}, "width"),
+        ({"key_copy": "int2"}, "int2"),
     ],
 )
 def test_impossible_wishes_are_refused_before_any_work(
@@ -162,6 +186,11 @@ def test_verification_measures_what_calibration_promised(
     assert report.violations == [] and report.case is None
     assert 0 < report.stats["attended_fraction"] < 1
     assert report.to_dict()["loop"] == "closed"
+    assert (report.tail >= report.dropped_mass - 1e-9).all() and report.tail.max() <= 1
+    kinds = report.kinds.values()
+    assert sum(kind["prompts"] for kind in kinds) == 8
+    mean = sum(kind["prompts"] * kind["dropped_mass"] for kind in kinds) / 8
+    assert mean == pytest.approx(report.losses.mean())
 
 
 def test_verification_is_deterministic_and_its_prompts_follow_the_seed(
