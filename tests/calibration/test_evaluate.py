@@ -126,6 +126,7 @@ def test_every_answer_token_is_predicted_by_a_decode_step() -> None:
     example = Example([1, 2, 3], [4, 5], [6, 7], ("x",))
     assert steps_of(example) == ([1, 2, 3, 4, 5, 6], 3)
     assert steps_of(dataclasses.replace(example, question_ids=[])) == ([1, 2, 3, 6], 2), "3 predicts 6"
+    assert steps_of(example, question_known=True) == ([1, 2, 3, 4, 5, 6], 4), "5 predicts 6"
 
 
 @pytest.mark.parametrize("selector", ["dense", "prhs", "oracle", "streaming-llm"])
@@ -355,6 +356,18 @@ def test_every_method_in_closed_loop(loaded: LoadedModel) -> None:
     )
     assert rows_of["hshare@128"]["effective_budget"] == pytest.approx(128.5, abs=0.51)
     assert {"hshare@512", "twilight@p = 0.95", "kascade@10 % or 128"} <= rows_of.keys()
+
+
+def test_publications_that_look_at_the_prompt_have_the_question_in_it(loaded: LoadedModel) -> None:
+    example = Example(random_tokens(90), random_tokens(6, seed=1), random_tokens(3, seed=2), ())
+    run = points(loaded.model.config, None, ("snapkv", "quest"), (), {}, published=True)
+    run += points(loaded.model.config, None, ("h2o",), (0.5,), {}, published=True)[1:]
+    steps = {
+        name: outcome["stats"]["units"] / (LAYERS * KV_HEADS)
+        for name, outcome in library._run(loaded, example, run)
+    }
+    # 6 of the question and 2 of the answer, or the last of the question and 2 of the answer
+    assert steps == {"dense": 8, "quest@1024": 8, "h2o@0.5": 8, "snapkv@1024": 3, "h2o@20 %": 3}
 
 
 def test_published_points(loaded: LoadedModel) -> None:

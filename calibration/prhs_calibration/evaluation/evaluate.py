@@ -198,10 +198,13 @@ def _item(loaded: LoadedModel, plan: Plan, task: str, length: int, number: int) 
         raise UsageError(f"task {task}: {error}") from error
 
 
-def steps_of(example: Example) -> Steps:
-    """Tokens to run: the last answer token is only predicted, and what predicts the first is a step."""
+def steps_of(example: Example, *, question_known: bool = False) -> Steps:
+    """Tokens to run: the last answer token is only predicted, and what predicts the first is a step.
+
+    question_known: the question belongs to the prefill, up to its last token.
+    """
     asked = len(example.context_ids) + len(example.question_ids)
-    return example.input_ids[:-1], min(len(example.context_ids), asked - 1)
+    return example.input_ids[:-1], asked - 1 if question_known else min(len(example.context_ids), asked - 1)
 
 
 def _match(
@@ -260,8 +263,12 @@ def _outcomes(
 
 
 def _run(loaded: LoadedModel, example: Example, run: Sequence[Point]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for point, result in closed_loop.run_points(loaded.model, steps_of(example), run):
-        yield point.name, outcome_of(result, example.answer_ids)
+    for known in (False, True):
+        some = [point for point in run if point.question_known == known]
+        if some:
+            steps = steps_of(example, question_known=known)
+            for point, result in closed_loop.run_points(loaded.model, steps, some):
+                yield point.name, outcome_of(result, example.answer_ids)
 
 
 def outcome_of(result: ScoringResult, answer_ids: Sequence[int]) -> dict[str, Any]:

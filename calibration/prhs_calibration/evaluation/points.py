@@ -76,6 +76,11 @@ class Point:
         asked = f"δ={self.delta:g}" if self.delta is not None else self.published or self.budget
         return self.selector if asked is None else f"{self.selector}@{asked}"
 
+    @property
+    def question_known(self) -> bool:
+        """Publications of methods that look at the prompt have the question in it, behind the context."""
+        return self.published is not None and self.chooser is not None and self.chooser.method.reads_prompt
+
 
 def check_selectors(selectors: Sequence[str], among: Sequence[str] = SELECTORS) -> None:
     """UsageError for a name that is not in `among`, and for none at all."""
