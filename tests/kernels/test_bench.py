@@ -95,6 +95,11 @@ def test_published_time_counts_as_full_speed() -> None:
     assert "published 253.5 us" in report.tables(slow, "NVIDIA H200")[0].notes[-1]
 
 
+def test_published_time_of_a_layer_is_not_that_of_a_step() -> None:
+    step = [{**row("dense", "dense", 300.0, 320_000), "values": {"tokens_per_s": 1.0}}]
+    assert report.derive(step, "NVIDIA H200")[0]["published_us"] is None
+
+
 def test_tables_name_failures_and_peers() -> None:
     (drawn,) = report.tables([*rows(), row("Quest", "peer", 30.0, 1)], "a card")
     assert "broken: failed, no luck" in drawn.notes

@@ -75,8 +75,9 @@ def place(row: Record) -> tuple[Any, ...]:
 
 
 def published(row: Record, device: str) -> float | None:
-    """FlashAttention-3's published time on this card at this size."""
-    return PUBLISHED.get(place(row)) if "H200" in device else None
+    """FlashAttention-3's published time for one layer of this size on this card."""
+    layer = "tokens_per_s" not in row["values"]
+    return PUBLISHED.get(place(row)) if layer and "H200" in device else None
 
 
 def _masked(rows: Sequence[Record]) -> dict[tuple[Any, ...], float]:
