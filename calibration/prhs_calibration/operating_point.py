@@ -20,8 +20,8 @@ class OperatingPoint:
 def operating_point(bundle: Bundle, context: int) -> OperatingPoint:
     """What calibration predicted for the bundle's operating point, at this many positions.
 
-    The retrieval ratio follows from the stored cost, which counts the kept fraction and half a read of the
-    cache per retrieval (`fit.read_cost`), open loop on the fit split. What dilation adds to the sets is in
+    The retrieval ratio follows from the stored cost, which counts the kept fraction and, per retrieval, a
+    scan of all keys or of their copy (`fit.read_cost`), open loop on the fit split. What dilation adds to the sets is in
     that cost too and counts as retrieval here, so the ratio is an upper estimate.
 
     Raises:
@@ -37,5 +37,5 @@ def operating_point(bundle: Bundle, context: int) -> OperatingPoint:
     nominal = (time.budget_ratio.double() + time.budget_tokens.double() / context).clamp(max=1)
     kept = (nominal + (params.num_sinks + params.num_local) / context).clamp(max=1)
     predicted = float(cost[bundle.metadata.dial_index])
-    ratio = 2 * (predicted - float(kept.mean()))
+    ratio = 2 * (predicted - float(kept.mean())) / params.scan_row
     return OperatingPoint(float(kept.mean()), min(1.0, max(0.0, ratio)))

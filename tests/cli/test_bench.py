@@ -175,8 +175,11 @@ def test_bundle_gives_kept_and_ratio(prhs: Prhs, monkeypatch: pytest.MonkeyPatch
 
     path = bundle_store.reference_bundle_path()
     plan = benchmarks.Request("operator", contexts=(4096,), bundle=path).plan(toy=False)
-    found = operating_point(Bundle.load(path), 4096)
-    assert 0 < found.retrieval_ratio < 0.5 < found.kept < 1
+    bundle = Bundle.load(path)
+    found = operating_point(bundle, 4096)
+    assert 0 < found.retrieval_ratio < 1 and 0 < found.kept < 1
+    cost = float(bundle.tensors["profile/predicted_cost"][bundle.metadata.dial_index])
+    assert found.kept + found.retrieval_ratio * bundle.params().scan_row / 2 == pytest.approx(cost)
     assert plan.ratios == (found.retrieval_ratio,) and plan.points[0].kept == round(found.kept * 4096)
 
 
