@@ -21,8 +21,8 @@ def operating_point(bundle: Bundle, context: int) -> OperatingPoint:
     """What calibration predicted for the bundle's operating point, at this many positions.
 
     The retrieval ratio follows from the stored cost, which counts the kept fraction and, per retrieval, a
-    scan of all keys or of their copy (`fit.read_cost`), open loop on the fit split. What dilation adds to the sets is in
-    that cost too and counts as retrieval here, so the ratio is an upper estimate.
+    scan of all keys or of their copy (`fit.read_cost`), open loop on the fit split. What dilation adds to
+    the sets is in that cost too and counts as retrieval here, so the ratio is an upper estimate.
 
     Raises:
         InputError: the bundle's operating point is dense, or it does not hold the cost.
