@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import platform
 from collections.abc import Collection
 from pathlib import Path
@@ -18,6 +17,7 @@ from prhs_calibration.family import AXES, AXIS_PROMPTS, Family, fit_family
 from prhs_calibration.key_copies import AUTO
 from prhs_calibration.models import LoadedModel
 from prhs_calibration.profile import DECODE_STEPS, Progress, closed_loop
+from prhs_calibration.results import version_of
 from prhs_calibration.statistics import TAIL_SHARE
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
@@ -210,12 +210,7 @@ def _check(
 
 def _versions() -> dict[str, str]:
     names = ("prhs", "torch", "transformers", "numpy", "scipy", "safetensors")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
+    found = {name: version_of(name) or "unknown" for name in names}
     return {**found, "python": platform.python_version()}
 
 
