@@ -22,6 +22,7 @@ from prhs_calibration.statistics import TAIL_SHARE
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.runtime.attach import dense_params
+from prhs_kernels.runtime.distributed import from_rank_zero
 
 NUM_SINKS, NUM_LOCAL = 4, 16
 
@@ -112,6 +113,7 @@ def calibrate(
         key_copy=key_copy,
         progress=report,
     )
+    family = from_rank_zero(family)  # GPUs may differ in the last bits, the ranks of a curve must not
     draft = _draft(loaded, family, prompts, length, seed, delta, target, confidence, sources)
     losses, tails = closed_loop(
         loaded.model,
