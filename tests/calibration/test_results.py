@@ -114,7 +114,7 @@ def test_conditions_hide_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_our_own_version_is_the_projects() -> None:
-    """Known without installation, so that a bundle has the same bytes on a machine that only has the source."""
+    """Known without installation: a bundle has the same bytes on a machine that only has the source."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     assert results.version_of("prhs") == __version__ == project["project"]["version"]
     assert results.version_of("no-such-distribution") is None
