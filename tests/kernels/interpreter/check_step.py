@@ -264,10 +264,11 @@ def test_a_graph_replays_what_the_step_does(name: str) -> None:
     found = []
     for use_graph in (False, True):
         with DecodeEngine(model, params, batch_size=2, max_len=80, use_graph=use_graph) as engine:
-            engine.start(engine.prefill(ids, mask))
-            tokens = torch.stack([engine.step().clone() for _ in range(12)])
-            found.append((tokens.tolist(), engine.stats()))
-    assert found[0] == found[1]
+            for prompt in (ids, ids.flip(1)):  # the second one in other buffers
+                engine.start(engine.prefill(prompt, torch.ones_like(mask)))
+                tokens = torch.stack([engine.step().clone() for _ in range(12)])
+                found.append((tokens.tolist(), engine.stats()))
+    assert found[:2] == found[2:] and found[0] != found[1]
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="asks the allocator of a CUDA device")
