@@ -253,8 +253,8 @@ def test_gpu_check_at_toy_size(tmp_path: Path) -> None:
     done = child("-m", "prhs_kernels.bench.gpu_check", "--seconds", "300", "--json", str(out))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     checks = json.loads(out.read_text("utf-8"))["data"]["checks"]
-    assert len(checks) == 10 and not [check for check in checks if check["error"]]
-    assert "10 checks, 0 wrong" in done.stdout
+    assert len(checks) == 14 and not [check for check in checks if check["error"]]
+    assert "14 checks, 0 wrong" in done.stdout
 
 
 def test_gpu_check_says_what_it_needs() -> None:
@@ -290,7 +290,7 @@ def test_a_wrong_kernel_is_never_timed() -> None:
     assert found["sparse_decode + merge"] == ("wrong", "False")
     assert found["layer, ρ = 0"] == ("wrong", "False")
     right = [case for case, seen in found.items() if seen == ("ok", "True")]
-    assert {"dense_decode", "sdpa math", AS_GPT_FAST, "scan", "weigh", "select + compact"} <= set(right)
+    assert {"dense_decode", "sdpa math", AS_GPT_FAST, "scan", "weigh", "weigh + choose"} <= set(right)
 
 
 PLANTED_STEP = """

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from prhs_kernels.bench.compile import ARCHITECTURES, Case, full_grid, pairwise
+from prhs_kernels.ops.backend import HEAD_DIMS
+from prhs_kernels.ops.window_prefill.api import PREFILL_HEAD_DIMS
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -79,7 +81,9 @@ def test_key_and_value_tiles_are_both_in_flight() -> None:
 
 def test_a_table_counts_every_kernel() -> None:
     count = collections.Counter(case.kernel for case in full_grid())
-    decode = {"sparse_decode", "dense_decode", "merge_state", "gate", "scan", "weigh", "select"}
-    assert set(count) == decode | {"window_prefill"}
-    assert count["window_prefill"] == len(ARCHITECTURES) * 6 * 3
-    assert count["scan"] == count["sparse_decode"] == len(ARCHITECTURES) * 5 * 3 * 4
+    decode = {"sparse_decode", "dense_decode", "merge_state", "gate", "scan", "weigh", "choose"}
+    copies = {f"{name} {kind}" for name in ("scan", "key copy") for kind in ("int8", "fp8", "int4")}
+    assert set(count) == decode | copies | {"window_prefill", "count_dropped"}
+    assert count["window_prefill"] == len(ARCHITECTURES) * len(PREFILL_HEAD_DIMS) * 3
+    assert count["scan"] == count["sparse_decode"] == len(ARCHITECTURES) * len(HEAD_DIMS) * 3 * 4
+    assert count["scan int4"] == len(ARCHITECTURES) * len(HEAD_DIMS) * 3 * 2

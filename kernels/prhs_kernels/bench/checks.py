@@ -8,10 +8,13 @@ from collections.abc import Iterator
 
 import torch
 
+from prhs_kernels.ops.audit.api import count_dropped
+from prhs_kernels.ops.audit.state import LayerAudit
 from prhs_kernels.ops.backend import Backend
 from prhs_kernels.ops.dense_decode.api import dense_decode
 from prhs_kernels.ops.merge_state.api import merge_state
 from prhs_kernels.ops.retrieve.api import retrieve
+from prhs_kernels.ops.retrieve.key_copy import MAX_FP32_FP8, KeyCopy, KeyCopyKind
 from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalState
 from prhs_kernels.ops.spans import candidate_spans, span_mask
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
@@ -20,6 +23,7 @@ from prhs_kernels.ops.window_prefill import reference as prefill_reference
 from prhs_kernels.ops.window_prefill.api import window_prefill
 from prhs_kernels.testing.tolerances import assert_as_exact_as, sum_of_terms
 
+KINDS = (KeyCopyKind.INT8, KeyCopyKind.FP8, KeyCopyKind.INT4)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -40,6 +44,7 @@ SHAPES = [
     Shape(128, 4, "fp16"),
     Shape(128, 4, "fp32"),
     Shape(128, 1, "bf16"),
+    Shape(32, 2, "bf16"),
     Shape(64, 7, "bf16"),
     Shape(80, 1, "fp16"),
     Shape(96, 3, "bf16"),
@@ -58,6 +63,8 @@ def check(shape: Shape, device: str, toy: bool) -> Iterator[tuple[str, str]]:
         ("merge_state", _merge),
         ("retrieve", _retrieve),
         ("window_prefill", _prefill),
+        ("key copy", _key_copy),
+        ("retrieve, key copy", _retrieve_copied),
     ):
         try:
             for length in lengths:
@@ -140,13 +147,56 @@ def _merge(shape: Shape, length: int, device: str) -> None:
 
 
 def _retrieve(shape: Shape, length: int, device: str) -> None:
-    """Keys whose scores are exact in every precision, so that the sets must be equal; three steps."""
+    """Keys whose scores are exact in every precision, so that the sets must be equal; audits too."""
     query, keys, _ = _inputs(shape, length, device)
     generator = torch.Generator(device).manual_seed(length)
     query.zero_()
     query[..., 0] = 1.0
     levels = torch.randint(64, keys.shape[:3], generator=generator, device=device)
     keys[..., 0] = (levels / 16).to(keys.dtype)
+    _same_steps(query, keys, None, length, device)
+
+
+def _key_copy(shape: Shape, length: int, device: str) -> None:
+    """Random keys over a wide range: the same bits as PyTorch's rounding."""
+    _, keys, _ = _inputs(shape, length, device)
+    keys *= torch.logspace(-3, 3, length, device=device)[:, None].to(keys.dtype)
+    for kind in KINDS:
+        found, wanted = _copies(kind, keys)
+        assert torch.equal(found.data.view(torch.uint8), wanted.data.view(torch.uint8)), f"{kind} codes"
+        assert torch.equal(found.scale, wanted.scale), f"{kind} scale"
+
+
+def _retrieve_copied(shape: Shape, length: int, device: str) -> None:
+    """Keys that are codes times a power of two, so that scores are exact with a copy too."""
+    query, keys, _ = _inputs(shape, length, device)
+    generator = torch.Generator(device).manual_seed(length)
+    query.zero_()
+    query[..., 0] = 1.0
+    for kind in KINDS:
+        if kind == KeyCopyKind.FP8 and shape.dtype == "fp32" and shape.head_dim > MAX_FP32_FP8:
+            continue
+        most = {KeyCopyKind.INT8: 127, KeyCopyKind.FP8: 15, KeyCopyKind.INT4: 7}[kind]
+        levels = torch.randint(-most, most + 1, keys.shape, generator=generator, device=device)
+        keys = (levels / 32).to(keys.dtype)
+        keys[..., 1] = kind.largest / 32
+        _same_steps(query, keys, kind, length, device)
+
+
+def _copies(kind: KeyCopyKind, keys: torch.Tensor) -> tuple[KeyCopy, KeyCopy]:
+    """Written by the kernel and by PyTorch."""
+    batch, heads, length, head_dim = keys.shape
+    found, wanted = (KeyCopy.allocate(kind, batch, heads, length, head_dim, keys.device) for _ in range(2))
+    found.write(keys, backend="triton")
+    wanted.write(keys, backend="reference")
+    return found, wanted
+
+
+def _same_steps(
+    query: torch.Tensor, keys: torch.Tensor, kind: KeyCopyKind | None, length: int, device: str
+) -> None:
+    """Three steps of both implementations from the same state, half of the units audited."""
+    generator = torch.Generator(device).manual_seed(length)
     spans = _spans(length, device)
     count = torch.randint(1 + length // 3, (3, 2), generator=generator, device=device).int()
     rule = RetrievalRule(
@@ -156,20 +206,41 @@ def _retrieve(shape: Shape, length: int, device: str) -> None:
         dilation=torch.tensor([1, 3], dtype=torch.int32, device=device),
         num_local=32,
     )
-    sizes = (3, 2, shape.group, shape.head_dim, length + 64)
-    found = RetrievalState.allocate(*sizes, query.dtype, device)
-    wanted = copy.deepcopy(found)
+    group, head_dim = query.shape[1] // 2, query.shape[-1]
+    found = RetrievalState.allocate(3, 2, group, head_dim, length + 64, query.dtype, device)
+    audit = LayerAudit.allocate(0.5, length, 3, 2, group, device)
+    wanted, wanted_audit = copy.deepcopy((found, audit))
+    copies = (None, None) if kind is None else _copies(kind, keys)
+    both: tuple[tuple[RetrievalState, LayerAudit, KeyCopy | None, Backend], ...]
+    both = ((found, audit, copies[0], "triton"), (wanted, wanted_audit, copies[1], "reference"))
     for _ in range(3):
-        backends: tuple[tuple[RetrievalState, Backend], ...] = ((found, "triton"), (wanted, "reference"))
-        for state, backend in backends:
+        for state, coins, key_copy, backend in both:
             retrieve(
-                query, keys, spans=spans, budget=count, rule=rule, state=state, scale=1.0, backend=backend
-            )
-        behind = torch.arange(sizes[-1], device=device) >= wanted.count.unsqueeze(-1)
+                query, keys, spans=spans, budget=count, rule=rule, state=state, scale=1.0, key_copy=key_copy,
+                audit=coins, backend=backend,
+            )  # fmt: skip
+            kept = sparse_decode(
+                query,
+                keys,
+                keys,
+                state.indices,
+                count=state.count,
+                spans=spans,
+                scale=1.0,
+                backend="reference",
+            )[1]
+            count_dropped(kept, state, coins, exact=kind is None, backend=backend)
+            coins.step.add_(1)
+        behind = torch.arange(length + 64, device=device) >= wanted.count.unsqueeze(-1)
         for name in ("decision", "count", "anchor_slot"):
             assert torch.equal(getattr(found, name), getattr(wanted, name)), f"{name} differs"
         different = (found.indices != wanted.indices) & ~behind
         assert not different.any(), f"{int(different.sum())} of {int((~behind).sum())} indices differ"
+        assert torch.equal(audit.coin, wanted_audit.coin), "coins differ"
+        for one, other in ((found.lse, wanted.lse), (audit.lse, wanted_audit.lse)):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert torch.equal(audit.units, wanted_audit.units), "units differ"
+    torch.testing.assert_close(audit.sums, wanted_audit.sums, rtol=1e-4, atol=1e-4)
 
 
 def _prefill(shape: Shape, length: int, device: str) -> None:

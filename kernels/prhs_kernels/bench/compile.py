@@ -24,16 +24,19 @@ import torch
 
 from prhs_kernels.errors import PrhsError, ResourceError
 from prhs_kernels.ops.backend import HEAD_DIMS, has_triton, interpreted
-from prhs_kernels.ops.decode_config import DecodeConfig, max_registers, next_power_of_2, precision, tile
-from prhs_kernels.ops.retrieve.config import scan_tile, select_config
-from prhs_kernels.ops.retrieve.state import chunk_size
+from prhs_kernels.ops.decode_config import DecodeConfig, max_registers, next_power_of_2
+from prhs_kernels.ops.launch_table import tile
+from prhs_kernels.ops.retrieve.config import ScanConfig, choose_config, scan_registers, weigh_config
+from prhs_kernels.ops.retrieve.key_copy import MAX_FP32_FP8, KeyCopyKind
 from prhs_kernels.ops.window_prefill.api import PREFILL_HEAD_DIMS
 from prhs_kernels.ops.window_prefill.config import prefill_config
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("bf16", "fp16", "fp32")
 GROUPS = (1, 4, 7, 16)
-ROW_LENGTHS = (1024, 4096, 16384, 32768, 1048576)  # up to 32768 in registers, looped over beyond
+ROW_LENGTHS = (1024, 4096, 32768, 131072, 1048576)
+COPIES = ("int8", "fp8", "int4")
+ROWS = 64  # of a launch: only the vector of their lengths depends on it
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -70,12 +73,17 @@ def full_grid() -> list[Case]:
     """Every kernel with every value of its axes."""
     heads = list(itertools.product(ARCHITECTURES, HEAD_DIMS, DTYPES, GROUPS))
     cases = [Case(k, *axes) for k in ("sparse_decode", "dense_decode", "scan", "gate") for axes in heads]
-    cases += [Case("merge_state", a, d, t) for a, d, t in itertools.product(ARCHITECTURES, HEAD_DIMS, DTYPES)]
+    sizes = list(itertools.product(ARCHITECTURES, HEAD_DIMS, DTYPES))
+    cases += [Case("merge_state", *axes) for axes in sizes]
+    for copy in COPIES:
+        cases += [Case(f"key copy {copy}", *axes) for axes in sizes]
+        fitting = [s for s in sizes if copy != "fp8" or s[1] <= MAX_FP32_FP8 or s[2] != "fp32"]
+        cases += [Case(f"scan {copy}", *axes, group) for axes in fitting for group in (1, 16)]
     prefill = itertools.product(ARCHITECTURES, PREFILL_HEAD_DIMS, DTYPES)
     cases += [Case("window_prefill", a, d, t) for a, d, t in prefill]
-    for arch, length in itertools.product(ARCHITECTURES, ROW_LENGTHS):
-        cases += [Case("weigh", arch, group=group, length=length) for group in GROUPS]
-        cases.append(Case("select", arch, length=length))
+    for arch, group in itertools.product(ARCHITECTURES, GROUPS):
+        cases += [Case(k, arch, group=group, length=n) for k in ("weigh", "choose") for n in ROW_LENGTHS]
+        cases.append(Case("count_dropped", arch, group=group))
     return cases
 
 
@@ -109,9 +117,16 @@ def compile_case(case: Case) -> Usage:
     from triton.compiler import ASTSource
 
     kernel, constants, options = _KERNELS[case.kernel](case)
-    if case.kernel not in ("sparse_decode", "scan", "window_prefill"):  # as they are launched
+    # registers bounded as they are at a launch
+    if case.kernel.startswith("scan "):
+        options["maxnreg"] = scan_registers(case.kernel, TORCH_DTYPES[case.dtype]) or 255
+    elif case.kernel in ("weigh", "choose"):
+        options["maxnreg"] = 128
+    elif case.kernel in ("dense_decode", "gate", "merge_state"):
         options["maxnreg"] = max_registers(options["num_warps"])
     names = kernel.arg_names
+    if "PDL" in names:
+        constants["PDL"] = case.arch >= 90
     source = ASTSource(
         kernel,
         signature={name: _type_of(name, case.dtype) for name in names},
@@ -135,7 +150,11 @@ _POINTERS = {
     "block_ptr": "i32", "anchor_slot_ptr": "i32", "decision_ptr": "i32", "work_ptr": "i32",
     "weights_ptr": "i32", "words_ptr": "i32", "dilation_ptr": "i32", "lse_ptr": "fp32", "part_ptr": "fp32",
     "part_lse_ptr": "fp32", "tau_ptr": "fp32", "scores_ptr": "fp32", "chunk_max_ptr": "fp32",
-    "chunk_sum_ptr": "fp32", "padding_ptr": "i64", "fraction_ptr": "fp64",
+    "padding_ptr": "i64", "fraction_ptr": "fp64",
+    "chunk_sum_ptr": "fp32", "counters_ptr": "i32", "histogram_ptr": "i32", "coin_ptr": "i32",
+    "step_ptr": "i64",
+    "codes_ptr": "u8", "data_ptr": "u8", "key_scale_ptr": "fp32", "row_scale_ptr": "fp32", "slots_ptr": "i32",
+    "audit_lse_ptr": "fp32", "lse_kept_ptr": "fp32", "sums_ptr": "fp64", "units_ptr": "i64",
 }  # fmt: skip
 
 
@@ -166,7 +185,9 @@ def _resource_usage(cubin: bytes, package: Path) -> dict[str, int]:
 def _decode_constants(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     dtype = TORCH_DTYPES[case.dtype]
     query = torch.empty(1, case.group, 1, case.head_dim, dtype=dtype, device="meta")
-    constants = DecodeConfig(*tile(case.head_dim, dtype), num_splits=8).constants(query, 1)
+    shape = tile(case.kernel, case.head_dim, dtype, query.device, case.arch)
+    config = DecodeConfig(shape.block_n, shape.num_warps, shape.num_stages, num_splits=8)
+    constants = config.constants(query, 1)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     return constants, options
 
@@ -206,6 +227,8 @@ def _gate(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     from prhs_kernels.ops.retrieve.triton import gate_kernel
 
     constants = {
+        "AUDIT": True,
+        "COPY": True,
         "HEAD_DIM": case.head_dim,
         "GROUP": case.group,
         "BLOCK_G": next_power_of_2(case.group),
@@ -216,36 +239,48 @@ def _gate(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
 
 
 def _scan(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    from prhs_kernels.ops.retrieve.launch import scan_constants
     from prhs_kernels.ops.retrieve.triton import scan_kernel
 
-    dtype = TORCH_DTYPES[case.dtype]
-    block_n, num_warps, num_stages = scan_tile(case.head_dim, dtype)
-    constants = {
-        "HEAD_DIM": case.head_dim,
-        "GROUP": case.group,
-        "BLOCK_G": max(16, next_power_of_2(case.group)),
-        "BLOCK_D": next_power_of_2(case.head_dim),
-        "BLOCK_N": block_n,
-        "CHUNK": 512,
-        "PRECISION": precision(dtype),
-    }
-    return scan_kernel, constants, {"num_warps": num_warps, "num_stages": num_stages}
+    dtype, copy = TORCH_DTYPES[case.dtype], case.kernel.partition(" ")[2] or "exact"
+    shape = tile(case.kernel, case.head_dim, dtype, torch.device("meta"), case.arch)
+    config = ScanConfig(shape.block_n, shape.num_warps, shape.num_stages, slots=8)
+    constants = scan_constants(copy, case.head_dim, dtype, ROWS, case.group, 32768, False, config)
+    return scan_kernel, constants, {name: constants.pop(name) for name in ("num_warps", "num_stages")}
 
 
 def _weigh(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    from prhs_kernels.ops.retrieve.config import weigh_blocks
-    from prhs_kernels.ops.retrieve.triton import weigh_kernel
+    from prhs_kernels.ops.retrieve.choose.triton import weigh_kernel
+    from prhs_kernels.ops.retrieve.launch import weigh_constants
 
-    constants = {**weigh_blocks(case.group, case.length), "CHUNK": chunk_size(case.length)}
-    return weigh_kernel, {**constants, "GROUP": case.group}, {"num_warps": 4}
+    config = weigh_config(case.group, torch.device("meta"))
+    constants = weigh_constants(case.group, case.length, config)
+    return weigh_kernel, constants, {"num_warps": constants.pop("num_warps")}
 
 
-def _select(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    from prhs_kernels.ops.retrieve.select.triton import select_kernel
+def _choose(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    from prhs_kernels.ops.retrieve.choose.triton import choose_kernel
 
-    config = select_config(case.length)
-    sizes = {"BLOCK": config.block, "SMALL": config.small, "PACK": config.pack}
-    return select_kernel, {**sizes, "RESIDENT": config.resident}, {"num_warps": config.num_warps}
+    config = choose_config(case.length, torch.device("meta"))
+    sizes = {"GROUP": case.group, "PACK": config.pack, "LIST": config.list_len, "WORDS": config.words}
+    return choose_kernel, sizes, {"num_warps": config.num_warps}
+
+
+def _key_copy(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    from prhs_kernels.ops.retrieve.quantise.triton import quantise_kernel
+
+    kind = KeyCopyKind(case.kernel.removeprefix("key copy "))
+    width = kind.width(case.head_dim)
+    sizes = {"WIDTH": width, "BLOCK_W": next_power_of_2(width), "BLOCK_N": 16}
+    return quantise_kernel, {**sizes, "KIND": kind.value, "LARGEST": kind.largest}, {"num_warps": 4}
+
+
+def _count_dropped(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    from prhs_kernels.ops.audit.triton import count_dropped_kernel
+
+    padded = next_power_of_2(case.group)
+    sizes = {"GROUP": case.group, "BLOCK_G": padded, "BLOCK_R": 512 // padded}
+    return count_dropped_kernel, {**sizes, "EXACT": True}, {"num_warps": 4}
 
 
 _KERNELS: dict[str, Callable[[Case], tuple[Any, dict[str, Any], dict[str, int]]]] = {
@@ -255,8 +290,11 @@ _KERNELS: dict[str, Callable[[Case], tuple[Any, dict[str, Any], dict[str, int]]]
     "window_prefill": _prefill,
     "gate": _gate,
     "scan": _scan,
+    **{f"scan {copy}": _scan for copy in COPIES},
     "weigh": _weigh,
-    "select": _select,
+    "choose": _choose,
+    **{f"key copy {copy}": _key_copy for copy in COPIES},
+    "count_dropped": _count_dropped,
 }
 
 

@@ -11,9 +11,17 @@ import torch
 
 from prhs_kernels.bench.cases import LOCAL, QKV, SINKS, Case, Inputs
 from prhs_kernels.bench.timing import Calls
+from prhs_kernels.ops.backend import num_sms
 from prhs_kernels.ops.retrieve import launch
 from prhs_kernels.ops.retrieve.api import retrieve
-from prhs_kernels.ops.retrieve.config import ScanConfig, SelectConfig, scan_config
+from prhs_kernels.ops.retrieve.config import (
+    ChooseConfig,
+    ScanConfig,
+    WeighConfig,
+    choose_config,
+    weigh_config,
+)
+from prhs_kernels.ops.retrieve.key_copy import KeyCopy, KeyCopyKind
 from prhs_kernels.ops.retrieve.state import Decision, RetrievalRule, RetrievalScratch, RetrievalState
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.params import Gate
@@ -89,12 +97,19 @@ class Retrieval:
 
     def fill_work_list(self) -> None:
         """Put every row on it; the stages after the gate leave it as it is, so they can be timed alone."""
-        query, keys, _ = self.qkv(0)
+        query = self.qkv(0)[0]
         self.state.reset()
         self.scratch.work.zero_()
-        launch.gate(
-            query, query, keys.shape[1], self.inputs.spans, self.budget, self.rule, self.state, self.scratch
-        )
+        self.scratch.histogram.zero_()
+        launch.gate(query, query, self.inputs.spans, self.budget, self.rule, self.state, self.scratch)
+
+    def weigh(self, config: WeighConfig | None = None) -> None:
+        """On the scores of the last scan; the histogram must be cleared before it is used."""
+        launch.weigh(self.inputs.spans, self.rule, self.state, self.scratch, config=config)
+
+    def choose(self, config: ChooseConfig | None = None) -> None:
+        """The last stage, after a weighing."""
+        launch.choose(self.inputs.spans, self.budget, self.rule, self.state, self.scratch, config)
 
     def check(self) -> None:
         """The log-sum-exp of a row, and that no position of its top-k is missing, near ties aside."""
@@ -170,33 +185,48 @@ def stage_cases(inputs: Inputs) -> Iterator[Case]:
         made.check()
         return made
 
-    def scan(i: int) -> None:
+    def scan(key_copies: Sequence[KeyCopy | None], i: int) -> None:
         query, keys, _ = inputs.kv(i)
-        launch.scan(query, keys, inputs.spans, every().scratch, inputs.scale)
+        key_copy = key_copies[i % len(key_copies)]
+        launch.scan(query, keys, inputs.spans, every().scratch, inputs.scale, key_copy)
 
-    def weigh() -> None:
-        made = every()
-        launch.weigh(p.num_kv_heads, inputs.spans, LOCAL, made.state, made.scratch, inputs.keys.device)
-
-    def select() -> None:
-        made = every()
-        launch.select(p.num_kv_heads, inputs.spans, made.budget, made.rule, made.state, made.scratch)
-
-    def scans() -> Calls:
+    def scans(kind: KeyCopyKind) -> Calls:
         every().fill_work_list()
-        return inputs.rotate(scan)
+        return inputs.rotate(functools.partial(scan, key_copies(inputs, kind)))
 
-    def later(call: Callable[[], None]) -> Calls:
+    def both() -> None:
+        every().weigh()
+        every().choose()
+
+    def weighed(choose: bool) -> Calls:
+        """The choice clears the histogram of the weighing, so it is timed together with one."""
         every().fill_work_list()
-        scan(0)
-        weigh()
-        return [call]
+        scan([None], 0)
+        if not choose:
+            return [every().weigh]
+        return [both]
 
-    yield Case("scan", "stage", scan_bytes(inputs), scans)
-    weigh_bytes = p.rows * p.n * 4 * (p.group + 1)
-    yield Case("weigh", "stage", weigh_bytes, lambda: later(weigh), note="warm L2, as in a step")
-    select_bytes = p.rows * 4 * (p.n + p.kept)
-    yield Case("select + compact", "stage", select_bytes, lambda: later(select), note="warm L2, as in a step")
+    for kind in KeyCopyKind:
+        name = "scan" if kind == KeyCopyKind.EXACT else f"scan, {kind.value} keys"
+        num_bytes = p.rows * p.n * (kind.scan_bytes(p.head_dim, inputs.item) + 4)
+        yield Case(name, "stage", num_bytes, functools.partial(scans, kind))
+    note = "warm L2, as in a step"
+    yield Case("weigh", "stage", p.rows * 4 * p.n * (p.group + 1), lambda: weighed(False), note=note)
+    num_bytes = p.rows * 4 * (p.n * (p.group + 2) + p.kept)
+    yield Case("weigh + choose", "stage", num_bytes, lambda: weighed(True), note=note)
+
+
+def key_copies(inputs: Inputs, kind: KeyCopyKind) -> list[KeyCopy | None]:
+    """A copy of the keys of every buffer."""
+    if kind == KeyCopyKind.EXACT:
+        return [None]
+    p = inputs.problem
+    copies: list[KeyCopy | None] = []
+    for i in range(inputs.copies):
+        copy = KeyCopy.allocate(kind, p.batch, p.num_kv_heads, p.n, p.head_dim, inputs.device)
+        copy.write(inputs.kv(i)[1], backend="triton")
+        copies.append(copy)
+    return copies
 
 
 def tuning_cases(inputs: Inputs) -> Iterator[Case]:
@@ -220,39 +250,60 @@ def tuning_cases(inputs: Inputs) -> Iterator[Case]:
 
     def scan_call(config: ScanConfig, i: int) -> None:
         query, keys, _ = inputs.kv(i)
-        launch.scan(query, keys, inputs.spans, every().scratch, inputs.scale, config)
+        launch.scan(query, keys, inputs.spans, every().scratch, inputs.scale, config=config)
 
-    def select_call(config: SelectConfig, i: int) -> None:
-        made = every()
-        launch.select(p.num_kv_heads, inputs.spans, made.budget, made.rule, made.state, made.scratch, config)
+    @functools.cache
+    def copied() -> list[KeyCopy | None]:
+        return key_copies(inputs, KeyCopyKind.INT8)
+
+    def copy_scan_call(config: ScanConfig, i: int) -> None:
+        query, keys, _ = inputs.kv(i)
+        key_copy = copied()[i % len(copied())]
+        launch.scan(query, keys, inputs.spans, every().scratch, inputs.scale, key_copy, config)
+
+    def choose_call(config: tuple[WeighConfig, ChooseConfig], i: int) -> None:
+        every().weigh(config[0])
+        every().choose(config[1])
 
     def case(name: str, call: Callable[[Any, int], None], config: Any, num_bytes: int) -> Case:
         def prepare() -> Calls:
-            if name in ("scan", "select"):
+            if name in ("scan", "scan int8", "choose"):
                 every().fill_work_list()
-            if name == "select":
+            if name == "choose":
                 query, keys, _ = inputs.kv(0)
                 launch.scan(query, keys, inputs.spans, every().scratch, inputs.scale)
-                launch.weigh(p.num_kv_heads, inputs.spans, LOCAL, every().state, every().scratch, keys.device)
             many = max(inputs.copies, inputs.sets) if name == "sparse" else 0
             return inputs.rotate(functools.partial(call, config), many)
 
-        return Case(f"tune {name} {dataclasses.astuple(config)}", "tune", num_bytes, prepare)
+        shape = config if isinstance(config, tuple) else (config,)
+        return Case(f"tune {name} {[dataclasses.astuple(c) for c in shape]}", "tune", num_bytes, prepare)
 
-    base = scan_config(p.head_dim, inputs.dtype, p.rows, p.n, torch.device(inputs.device))
-    for tile in [(64, 4, 3), (64, 4, 4), (32, 2, 4), (128, 8, 3), (32, 4, 4)]:
-        for splits in (2, 4, 6, 8, 16):
-            yield case("sparse", sparse_call, DecodeConfig(*tile, splits), kv_bytes * p.kept)
-    for tile in [(64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 4, 3), (128, 8, 4), (32, 2, 5)]:
-        for programs in (base.programs // 2, base.programs, base.programs * 2):
-            yield case("scan", scan_call, ScanConfig(*tile, base.chunk, programs), kv_bytes // 2 * p.n)
-    for block, small, pack, warps in [
-        (32768, 2048, 8192, 16),
-        (32768, 2048, 4096, 16),
-        (8192, 2048, 8192, 16),
+    device = torch.device(inputs.device)
+    sms = num_sms(device)
+    for tile, splits, least in [
+        ((64, 4, 3), 4, 1), ((64, 4, 3), 5, 1), ((64, 4, 3), 16, 4), ((64, 4, 3), 32, 4), ((64, 4, 3), 16, 3),
+        ((128, 8, 3), 2, 1), ((128, 4, 2), 4, 1), ((32, 4, 3), 5, 1), ((64, 2, 3), 4, 1),
+    ]:  # fmt: skip
+        yield case("sparse", sparse_call, DecodeConfig(*tile, splits, least), kv_bytes * p.kept)
+    for tile, per_sm in [
+        ((64, 4, 3), 3), ((64, 4, 3), 4), ((64, 4, 4), 4), ((128, 4, 3), 2), ((128, 4, 2), 3),
+        ((128, 8, 3), 2), ((64, 2, 3), 4), ((64, 2, 4), 4),
+    ]:  # fmt: skip
+        yield case("scan", scan_call, ScanConfig(*tile, per_sm * sms), kv_bytes // 2 * p.n)
+    for tile, per_sm in [((128, 4, 4), 4), ((128, 4, 3), 4), ((128, 8, 3), 2), ((64, 4, 6), 4)]:
+        num_bytes = p.rows * p.n * (p.head_dim + 8)
+        yield case("scan int8", copy_scan_call, ScanConfig(*tile, per_sm * sms), num_bytes)
+    weighing, choice = weigh_config(p.group, device), choose_config(p.n, device)
+    for one, other in [
+        ({"programs": 4 * sms}, {}),
+        ({"programs": 12 * sms}, {}),
+        ({"block_n": 256}, {}),
+        ({}, {"pack": 4096}),
+        ({}, {"list_len": 512}),
+        ({}, {"num_warps": 4, "programs": 4 * sms, "list_len": 512}),
+        ({}, {"num_warps": 16, "programs": sms, "pack": 4096}),
     ]:
-        shape = SelectConfig(block, small, pack, block == 32768, warps)
-        yield case("select", select_call, shape, 4 * p.rows * p.n)
-    for tile in [(64, 4, 3), (64, 4, 4), (128, 8, 3)]:
-        for splits in (4, 6, 8, 16):
-            yield case("dense", dense_call, DecodeConfig(*tile, splits), kv_bytes * p.n)
+        config = (dataclasses.replace(weighing, **one), dataclasses.replace(choice, **other))
+        yield case("choose", choose_call, config, 4 * p.rows * p.n)
+    for tile, splits in [((64, 4, 3), 6), ((64, 4, 3), 12), ((64, 4, 4), 4), ((128, 8, 3), 4)]:
+        yield case("dense", dense_call, DecodeConfig(*tile, splits), kv_bytes * p.n)

@@ -13,7 +13,7 @@ from prhs_kernels.errors import ResourceError, UsageError
 
 Backend = Literal["auto", "reference", "triton"]
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 MAX_GROUP = 16
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

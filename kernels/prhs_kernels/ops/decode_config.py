@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from prhs_kernels.ops.backend import num_sms
+from prhs_kernels.ops.launch_table import tile
 
-CTAS_PER_SM = 3  # what shared memory lets run together at head_dim 128, 16 bit
 MAX_SPLITS = 64
+MOST_TILES = 32  # of a KV head at the least size of a split; programs that are left empty cost a little
 
 
 def next_power_of_2(n: int) -> int:
@@ -19,21 +20,23 @@ def next_power_of_2(n: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """block_n: rows of K per iteration; num_splits: programs per KV head."""
+    """block_n: rows of K per iteration; num_splits: programs per KV head; least_tiles: iterations of a split,
+    of a KV head that has as many."""
 
     block_n: int
     num_warps: int
     num_stages: int
     num_splits: int
+    least_tiles: int = 1
 
     def constants(self, query: torch.Tensor, num_kv_heads: int) -> dict[str, Any]:
         """Compile-time arguments shared by the decode kernels."""
-        group = query.shape[1] // num_kv_heads
+        group, head_dim = query.shape[1] // num_kv_heads, query.shape[-1]
         return {
-            "HEAD_DIM": query.shape[-1],
+            "HEAD_DIM": head_dim,
             "GROUP": group,
             "BLOCK_G": max(16, next_power_of_2(group)),  # the smallest tile of a matrix product
-            "BLOCK_D": next_power_of_2(query.shape[-1]),
+            "BLOCK_D": next_power_of_2(head_dim),
             "BLOCK_N": self.block_n,
             "PRECISION": precision(query.dtype),
             "num_warps": self.num_warps,
@@ -55,21 +58,32 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """block_n, num_warps, num_stages: no spills, and three programs fit on an SM (compile.json)."""
-    if dtype == torch.float32:
-        return 16, 8, 2
-    return (32, 4, 3) if head_dim > 128 else (64, 4, 3)
-
-
-def decode_config(
-    query: torch.Tensor, num_kv_heads: int, max_rows: int, num_splits: int | None = None
+def sparse_config(
+    query: torch.Tensor, num_kv_heads: int, max_kept: int, num_splits: int | None = None
 ) -> DecodeConfig:
-    """Launch shape for at most `max_rows` rows of K per KV head; depends on shapes only, never on data."""
-    block_n, num_warps, num_stages = tile(query.shape[-1], query.dtype)
-    tiles = max(1, -(-max_rows // block_n))
+    """Launch shape for sets of at most `max_kept`; depends on shapes only, never on data.
+
+    Counts are known on the device only, so a split has a few tiles at least, more where there are rows enough
+    to fill the card, and a head with many gets more splits.
+    """
+    shape = tile("sparse_decode", query.shape[-1], query.dtype, query.device)
+    rows = query.shape[0] * num_kv_heads
+    tiles = max(1, -(-max_kept // shape.block_n))
+    least = 1
     if num_splits is None:
-        wanted = -(-CTAS_PER_SM * num_sms(query.device) // max(1, query.shape[0] * num_kv_heads))
-        num_splits = max(1, min(wanted, tiles, MAX_SPLITS))
-        num_splits = -(-tiles // -(-tiles // num_splits))  # no split that is left without a tile
-    return DecodeConfig(block_n, num_warps, num_stages, min(num_splits, MAX_SPLITS))
+        least = max(1, min(4, round(8 * rows / num_sms(query.device))))
+        num_splits = min(-(-tiles // least), MOST_TILES // least)
+    return DecodeConfig(shape.block_n, shape.num_warps, shape.num_stages, min(num_splits, MAX_SPLITS), least)
+
+
+def dense_config(
+    query: torch.Tensor, num_kv_heads: int, n: int, num_splits: int | None = None
+) -> DecodeConfig:
+    """Launch shape for n slots: the fewest splits with which the last wave of programs is nearly full."""
+    shape = tile("dense_decode", query.shape[-1], query.dtype, query.device)
+    rows, at_once = max(1, query.shape[0] * num_kv_heads), shape.per_sm * num_sms(query.device)
+    if num_splits is None:
+        most = max(1, min(MAX_SPLITS, -(-n // shape.block_n) // 4))
+        used = [rows * s / (-(-rows * s // at_once) * at_once) for s in range(1, most + 1)]
+        num_splits = 1 + next(s for s, share in enumerate(used) if share >= 0.95 * max(used))
+    return DecodeConfig(shape.block_n, shape.num_warps, shape.num_stages, max(1, min(num_splits, MAX_SPLITS)))

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.dense_decode.api import dense_decode
@@ -19,6 +21,7 @@ from prhs_kernels.ops.merge_state.api import merge_state
 from prhs_kernels.ops.spans import candidate_spans, span_mask
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.ops.sparse_decode.reference import kept_indices
+from prhs_kernels.ops.split_k.triton import assign
 from prhs_kernels.testing.tolerances import assert_as_exact_as, sum_of_terms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,6 +30,20 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" 
 LENGTHS = [1, 15, 17, 63, 111, 1000]
 HEADS = [(4, 4), (6, 2), (16, 1)]  # query, KV
 BATCH = 2
+
+
+@triton.jit
+def assignments_kernel(tiles_ptr, out_ptr, slots, num_rows, BLOCK_R: tl.constexpr):
+    rows = tl.arange(0, BLOCK_R)
+    tiles = tl.load(tiles_ptr + rows, mask=rows < num_rows, other=0)
+    program = tl.program_id(0)
+    row, begin, stop, size, active = assign(tiles, slots, program, num_rows, BLOCK_R)
+    out_ptr += program * 5
+    tl.store(out_ptr, row)
+    tl.store(out_ptr + 1, begin)
+    tl.store(out_ptr + 2, stop)
+    tl.store(out_ptr + 3, size)
+    tl.store(out_ptr + 4, active.to(tl.int64))
 
 
 def inputs(
@@ -59,7 +76,7 @@ def spread(*axes: Sequence) -> list[tuple]:
     return list(dict.fromkeys(zip(*columns, strict=True)))
 
 
-HEAD_DIM = [64, 80, 96, 128, 256]
+HEAD_DIM = [32, 64, 80, 96, 128, 256]
 SPLITS = [1, 3]
 CASES = spread(LENGTHS, HEADS, HEAD_DIM, DTYPES, SPLITS)
 
@@ -190,3 +207,52 @@ def test_limits_of_the_kernels_are_named() -> None:
 def test_cases_cover_every_value() -> None:
     for axis, values in enumerate((LENGTHS, HEADS, HEAD_DIM, DTYPES, SPLITS)):
         assert {case[axis] for case in CASES} == set(values)
+
+
+@pytest.mark.parametrize("least", [1, 4])
+def test_heads_with_very_different_counts(least: int) -> None:
+    """One head keeps nearly everything, the others little or nothing; splits have `least` tiles at least."""
+    from prhs_kernels.ops.decode_config import DecodeConfig
+    from prhs_kernels.ops.sparse_decode import triton as kernel
+
+    query, keys, values, _ = inputs(1000, (8, 4), 64, torch.float32)
+    kept = torch.zeros(BATCH, 4, 1000, dtype=torch.bool, device=DEVICE)
+    kept[0, 1, :990], kept[0, 2, ::50], kept[1, 0, 5], kept[1, 3, 100:140] = True, True, True, True
+    indices, count = kept_indices(kept)
+    config = DecodeConfig(16, 4, 2, num_splits=12, least_tiles=least)
+    found = kernel.sparse_decode(query, keys, values, indices, count, None, 0.11, config)
+    stock = sparse_decode(query, keys, values, indices, scale=0.11, backend="reference")
+    exact = sparse_decode(
+        *(t.double() for t in (query, keys, values)), indices, scale=0.11, backend="reference"
+    )
+    compare(found, stock, exact, sum_of_terms(query, keys, 0.11))
+
+
+@pytest.mark.parametrize("tiles", [[3, 0, 100, 7, 1], [5], [0, 0], [8, 8, 8, 8], [1] * 33])
+@pytest.mark.parametrize("slots", [1, 4, 40])
+def test_every_tile_has_one_program(tiles: list[int], slots: int) -> None:
+    """And no program more than its share."""
+    lengths = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
+    out = torch.full((slots + len(tiles), 5), -1, dtype=torch.int64, device=DEVICE)
+    assignments_kernel[(len(out),)](lengths, out, slots, len(tiles), BLOCK_R=64)
+    share = max(1, -(-sum(tiles) // slots))
+    taken: list[tuple[int, int]] = []
+    for row, begin, stop, size, active in out.tolist():
+        assert size == share
+        if active:
+            assert 0 < stop - begin <= share and begin % share == 0
+            taken += [(row, tile) for tile in range(begin, stop)]
+    assert sorted(taken) == [(row, tile) for row, count in enumerate(tiles) for tile in range(count)]
+
+
+def test_dense_splits_fill_the_last_wave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """132 multiprocessors take three programs each: 64 rows get 6 splits, 7 would start a second wave."""
+    from prhs_kernels.ops import decode_config
+
+    monkeypatch.setattr(decode_config, "num_sms", lambda device: 132)
+    query = torch.empty(8, 32, 1, 128, dtype=torch.bfloat16)
+    assert decode_config.dense_config(query, 8, 32768).num_splits == 6
+    query = torch.empty(512, 4, 1, 128, dtype=torch.bfloat16)
+    assert decode_config.dense_config(query, 1, 2048).num_splits == 3, (
+        "1536 programs in 4 waves, not 512 in 2"
+    )

@@ -7,13 +7,16 @@ error of fp32, except for exact ties, which are made on purpose.
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
 from prhs_kernels.errors import UsageError
+from prhs_kernels.ops.audit.state import LayerAudit
 from prhs_kernels.ops.retrieve import reference
 from prhs_kernels.ops.retrieve.api import retrieve
+from prhs_kernels.ops.retrieve.key_copy import KeyCopy, KeyCopyKind
 from prhs_kernels.ops.retrieve.state import Decision, RetrievalRule, RetrievalScratch, RetrievalState
 from prhs_kernels.ops.spans import candidate_spans, span_mask
 
@@ -81,6 +84,7 @@ def poisoned(keys: torch.Tensor) -> RetrievalScratch:
         floats.fill_(torch.nan)
     scratch.weights.fill_(2**31 - 1)
     scratch.words.fill_(-1)
+    scratch.work[3:] = 10**8
     return scratch
 
 
@@ -97,19 +101,35 @@ def same(one: RetrievalState, other: RetrievalState) -> None:
     torch.testing.assert_close(one.lse, other.lse, rtol=1e-5, atol=1e-5)
 
 
-def both(query, keys, spans, budget, rule_, start, scratch, query_pre=None):
+def both(query, keys, spans, budget, rule_, start, scratch, query_pre=None, key_copy=None, audit=None):
     found, expected = twins(start)
     given = {"spans": spans, "budget": budget, "rule": rule_, "scale": 1.0, "query_pre": query_pre}
+    given["key_copy"] = key_copy
+    other = copy.deepcopy(audit)
     hidden = keys.masked_fill(~span_mask(spans, keys.shape[2])[:, None, :, None], torch.nan)
-    retrieve(query, hidden, **given, state=found, scratch=scratch, backend="triton")
-    retrieve(query, keys, **given, state=expected, backend="reference")
+    if key_copy is not None and audit is None:
+        hidden.fill_(torch.nan)
+    retrieve(query, hidden, **given, state=found, scratch=scratch, audit=audit, backend="triton")
+    clean = given if key_copy is None else {**given, "key_copy": without_nan(key_copy)}
+    retrieve(query, keys, **clean, state=expected, audit=other, backend="reference")
     same(found, expected)
-    assert scratch.work[0] == 0, "the counter is ready for the next step"
+    if audit is not None:
+        assert torch.equal(audit.coin, other.coin)
+        torch.testing.assert_close(audit.lse, other.lse, rtol=1e-5, atol=1e-5)
+    for counters in (scratch.work[:1], scratch.histogram, scratch.counters):
+        assert not counters.any(), "ready for the next step"
     return found
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def without_nan(key_copy: KeyCopy) -> KeyCopy:
+    return dataclasses.replace(key_copy, scale=key_copy.scale.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype"),
+    [*((length, DTYPES[0]) for length in LENGTHS), *((111, dtype) for dtype in DTYPES[1:])],
+    ids=str,
+)
 def test_first_step_retrieves_the_top(length: int, dtype: torch.dtype) -> None:
     """k of 0, 1, some, all; sinks and local; left padding; a window that cuts off old positions."""
     query, keys = separated(length, (2 * GROUP, 2), 64 if length % 2 else 80, dtype)
@@ -212,16 +232,89 @@ def test_random_scores_choose_the_same_up_to_rounding(group: int, dtype: torch.d
     torch.testing.assert_close(state.lse[0, 0].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
-def test_rows_longer_than_the_registers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The looping form of the selection, made reachable by a small limit."""
-    from prhs_kernels.ops.retrieve import config
+def test_more_open_positions_than_fit_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The looping form of the search, made reachable by a short block: seven levels are 140 ties each."""
+    from prhs_kernels.ops.retrieve import launch
+    from prhs_kernels.ops.retrieve.config import choose_config
 
-    monkeypatch.setattr(config, "RESIDENT_LIMIT", 512)
-    assert not config.select_config(1000).resident
-    query, keys = separated(1000, (2 * GROUP, 2), 64, torch.float32, levels=40)
+    def short(*args):
+        return dataclasses.replace(choose_config(*args), list_len=64, pack=256, programs=7)
+
+    monkeypatch.setattr(launch, "choose_config", short)
+    query, keys = separated(1000, (2 * GROUP, 2), 64, torch.float32, levels=7)
     spans = candidate_spans(torch.tensor([1000, 900]), torch.tensor([0, 17]), num_sinks=2).to(DEVICE)
     budget = torch.tensor([[100, 300], [1, 500]], dtype=torch.int32, device=DEVICE)
     both(query, keys, spans, budget, rule(2, dilation=2), new_state(query, keys, 1000), poisoned(keys))
+
+
+def test_keeping_everything_appends_where_only_the_end_moved() -> None:
+    """And lists anew after a jump of the end, a moved window, or a set of another step."""
+    query, keys = separated(90, (2 * GROUP, 2), 64, torch.float32)
+    state, scratch = new_state(query, keys, 80), poisoned(keys)
+    everything = torch.full((BATCH, 2), 99, dtype=torch.int32, device=DEVICE)
+    few = torch.full((BATCH, 2), 5, dtype=torch.int32, device=DEVICE)
+    walk = [(60, 0, 4), (61, 0, 4), (62, 0, 4), (65, 0, 4), (66, 0, 10), (67, 0, 10), (68, 0, 4), (69, 2, 4)]
+    for used, padding, window in walk:
+        spans = candidate_spans(
+            torch.full((BATCH,), used),
+            torch.full((BATCH,), padding),
+            num_sinks=3,
+            window_start=torch.full((BATCH,), window),
+        ).to(DEVICE)
+        state = both(query, keys, spans, everything, rule(2), state, scratch)
+        assert (state.decision == Decision.KEEP_ALL).all()
+    state = both(query, keys, spans, few, rule(2), state, scratch)
+    state.indices[0, 0, 20] = 7  # what is not the list of the step before must not be taken for it
+    state.count.fill_(int(spans[0, 3] - spans[0, 2] + 3))
+    spans[:, 3] += 1
+    both(query, keys, spans, everything, rule(2), state, scratch)
+
+
+@pytest.mark.parametrize("kind", [KeyCopyKind.INT8, KeyCopyKind.FP8, KeyCopyKind.INT4])
+@pytest.mark.parametrize(("length", "dtype"), [(111, torch.float32), (300, DTYPES[-1])], ids=str)
+def test_retrieval_on_a_low_bit_copy(kind: KeyCopyKind, length: int, dtype: torch.dtype) -> None:
+    """Keys that are codes times a power of two: the scores are exact and the sets must be equal, ties too."""
+    generator = torch.Generator().manual_seed(length)
+    most = {KeyCopyKind.INT8: 127, KeyCopyKind.FP8: 15, KeyCopyKind.INT4: 7}[kind]
+    keys = torch.randint(-most, most + 1, (BATCH, 2, length, 80), generator=generator) / 32
+    keys[..., 1] = kind.largest / 32
+    query = torch.zeros(BATCH, 2 * GROUP, 1, 80)
+    query[:, ::2, :, 0], query[:, 1::2, :, 50] = 1.0, 0.5  # both halves of a byte of int4
+    query, keys = query.to(DEVICE, dtype), keys.to(DEVICE, dtype)
+    spans = candidate_spans(torch.tensor([length, length - 9]), torch.tensor([4, 0]), num_sinks=2).to(DEVICE)
+    copy = KeyCopy.allocate(kind, BATCH, 2, length + 5, 80, DEVICE)
+    copy.write(keys)
+    copy.scale[:, :, :length].masked_fill_(~span_mask(spans, length)[:, None], torch.nan)
+    copy.scale[:, :, length:] = torch.nan
+    budget = torch.tensor([[20, 31], [length, 3]], dtype=torch.int32, device=DEVICE)
+    audit = LayerAudit.allocate(0.5, 11, BATCH, 2, GROUP, DEVICE)
+    for _ in range(3):
+        both(
+            query, keys, spans, budget, rule(2, gate=0), new_state(query, keys, length), poisoned(keys),
+            key_copy=copy, audit=audit,
+        )  # fmt: skip
+        audit.step.add_(1)
+
+
+def test_audits_scan_exact_keys_and_change_nothing() -> None:
+    query, keys = separated(200, (2 * GROUP, 2), 64, torch.float32)
+    rules = rule(2, tau=-1.0, block=100)
+    state, scratch = new_state(query, keys, 100), poisoned(keys)
+    audit = LayerAudit.allocate(0.5, 2**40 + 1, BATCH, 2, GROUP, DEVICE)
+    budget = torch.full((BATCH, 2), 20, dtype=torch.int32, device=DEVICE)
+    coins = []
+    for used in range(180, 190):
+        spans = candidate_spans(torch.full((BATCH,), used), torch.zeros(BATCH), num_sinks=2).to(DEVICE)
+        state = both(query, keys, spans, budget, rules, state, scratch, audit=audit)
+        coins.append(audit.coin.clone())
+        scores = torch.einsum("bhgd,bhnd->bhgn", query.view(BATCH, 2, GROUP, -1), keys[:, :, :used])
+        exact = scores.logsumexp(-1)
+        torch.testing.assert_close(audit.lse[audit.coin == 1], exact[audit.coin == 1])
+        audit.step.add_(1)
+    assert not coins[0].any(), "a retrieval on exact keys needs no audit"
+    thrown = torch.stack(coins[1:])
+    assert 8 <= int(thrown.sum()) <= 28, "36 coins of 1/2"
+    assert not torch.equal(thrown[0], thrown[1]) or not torch.equal(thrown[1], thrown[2])
 
 
 def test_scratch_that_is_too_small_is_refused() -> None:

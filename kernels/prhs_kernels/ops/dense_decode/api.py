@@ -12,7 +12,7 @@ from prhs_kernels.ops.backend import (
     check_shape,
     use_triton,
 )
-from prhs_kernels.ops.decode_config import decode_config
+from prhs_kernels.ops.decode_config import dense_config
 from prhs_kernels.ops.dense_decode import reference
 
 
@@ -54,7 +54,7 @@ def dense_decode(
     check_kernel_limits(query, keys, values)
     from prhs_kernels.ops.dense_decode import triton as kernel
 
-    config = decode_config(query, keys.shape[1], keys.shape[2], num_splits)
+    config = dense_config(query, keys.shape[1], keys.shape[2], num_splits)
     return kernel.dense_decode(
         query if query.stride(-1) == 1 else query.contiguous(),
         keys,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from prhs_kernels.ops.decode_config import DecodeConfig, max_registers
+from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
 from prhs_kernels.ops.sparse_decode.triton import (
     LOG2_E,
     attend_tile,
@@ -60,7 +61,9 @@ def dense_decode_kernel(
     BLOCK_N: tl.constexpr,
     HAS_SPANS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     batch, head = row // num_kv_heads, row % num_kv_heads
@@ -120,5 +123,6 @@ def dense_decode(
         **config.constants(query, num_kv_heads),
         HAS_SPANS=spans is not None,
         maxnreg=max_registers(config.num_warps),
+        **pdl_options(query.device),
     )
     return finish(part, lse, output, splits)

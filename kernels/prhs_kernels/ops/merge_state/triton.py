@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from prhs_kernels.ops.decode_config import max_registers
+from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
 
 
 @triton.jit
@@ -21,7 +22,9 @@ def merge_state_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     d_mask = offs_d < HEAD_DIM
@@ -64,5 +67,6 @@ def merge_state(output: torch.Tensor, lse: torch.Tensor, merged: torch.Tensor) -
         BLOCK_S=min(16, triton.next_power_of_2(splits)),
         num_warps=2,
         maxnreg=max_registers(2),
+        **pdl_options(output.device),
     )
     return merged_lse

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from prhs_kernels.errors import UsageError
+from prhs_kernels.ops.audit.state import LayerAudit
 from prhs_kernels.ops.backend import (
     Backend,
     check_attention,
@@ -13,6 +14,7 @@ from prhs_kernels.ops.backend import (
     check_shape,
     use_triton,
 )
+from prhs_kernels.ops.retrieve.key_copy import MAX_FP32_FP8, KeyCopy, KeyCopyKind
 from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalScratch, RetrievalState
 from prhs_kernels.ops.retrieve.step import retrieve_step
 
@@ -28,6 +30,8 @@ def retrieve(
     scale: float,
     query_pre: torch.Tensor | None = None,
     scratch: RetrievalScratch | None = None,
+    key_copy: KeyCopy | None = None,
+    audit: LayerAudit | None = None,
     backend: Backend = "auto",
 ) -> None:
     """Bring every KV head's index set up to date for this step; `state` is written in place.
@@ -45,6 +49,9 @@ def retrieve(
         budget: `[batch, num_kv_heads]` int32, middle positions a retrieval may keep.
         rule: parameters of the layer. state: its sets; scratch: memory for the kernels, allocated if None.
         query_pre: the query before RoPE; only needed where a gate compares that one.
+        key_copy: low-bit keys to score with, at the same slots; `state.lse` is then approximate.
+        audit: coins and their results. A head that shares, or one that scores with a copy, is scanned on
+            exact keys with the audit's probability; its set is not changed by that. See `ops.audit`.
         scale: factor on the dot products.
 
     Raises:
@@ -53,10 +60,17 @@ def retrieve(
     """
     query_pre = query if query_pre is None else query_pre
     _check(query, query_pre, keys, spans, budget, rule, state)
+    _check_options(keys, state, key_copy, audit)
     if not use_triton(backend, query):
-        retrieve_step(query, query_pre, keys, spans, budget, rule, state, scale)
+        retrieve_step(query, query_pre, keys, spans, budget, rule, state, scale, key_copy, audit)
         return
     check_kernel_limits(query, keys)
+    fp8 = key_copy is not None and key_copy.kind == KeyCopyKind.FP8
+    if fp8 and query.dtype == torch.float32 and query.shape[-1] > MAX_FP32_FP8:
+        raise UsageError(
+            f"key_copy: fp8 with a float32 query takes head_dim up to {MAX_FP32_FP8}, got {query.shape[-1]}; "
+            "use int8"
+        )
     batch, num_kv_heads, n = keys.shape[:3]
     group = query.shape[1] // num_kv_heads
     if scratch is None:
@@ -68,7 +82,10 @@ def retrieve(
         )
     from prhs_kernels.ops.retrieve.launch import retrieve as launch
 
-    launch(query, query_pre, keys, spans.contiguous(), budget.contiguous(), rule, state, scratch, scale)
+    launch(
+        query, query_pre, keys, spans.contiguous(), budget.contiguous(), rule, state, scratch, scale,
+        key_copy, audit,
+    )  # fmt: skip
 
 
 def _check(
@@ -105,3 +122,22 @@ def _check(
     )
     check_like("state.anchor_query", state.anchor_query, query)
     check_shape("state.indices", state.indices, (batch, num_kv_heads, None))
+
+
+def _check_options(
+    keys: torch.Tensor, state: RetrievalState, key_copy: KeyCopy | None, audit: LayerAudit | None
+) -> None:
+    batch, num_kv_heads, n, head_dim = keys.shape
+    if key_copy is not None:
+        check_shape("key_copy.scale", key_copy.scale, (batch, num_kv_heads, None))
+        check_like("key_copy.scale", key_copy.scale, keys, (torch.float32,))
+        if key_copy.head_dim != head_dim or key_copy.scale.shape[2] < n:
+            raise UsageError(
+                f"key_copy: made for {key_copy.scale.shape[2]} slots of head_dim {key_copy.head_dim}, "
+                f"needed for {n} of {head_dim}"
+            )
+    if audit is not None:
+        check_shape("audit.lse", audit.lse, tuple(state.lse.shape))
+        check_like("audit.lse", audit.lse, keys, (torch.float32,))
+        check_shape("audit.step", audit.step, (1,))
+        check_like("audit.step", audit.step, keys, (torch.int64,))

@@ -27,6 +27,7 @@ from prhs_kernels.ops.backend import (
     use_triton,
 )
 
+MAX_FP32_FP8 = 128  # head_dim up to which the kernels scan fp8 with float32 queries, which are for parity
 SMALLEST = 1e-30  # a row whose keys are all smaller is stored as zeros, so that no scale is subnormal
 
 
@@ -71,7 +72,8 @@ def quantise(keys: torch.Tensor, kind: KeyCopyKind) -> tuple[torch.Tensor, torch
     """
     wide = keys.float()
     amax = wide.abs().amax(dim=-1)
-    scale = torch.where(amax >= SMALLEST, amax / kind.largest, 0.0)
+    # divided by a tensor: for a number PyTorch multiplies with its reciprocal on a GPU, which rounds twice
+    scale = torch.where(amax >= SMALLEST, amax / torch.full_like(amax, kind.largest), 0.0)
     ratio = wide / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
     ratio = ratio.masked_fill((scale == 0).unsqueeze(-1), 0.0).clamp(-kind.largest, kind.largest)
     if kind == KeyCopyKind.FP8:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from prhs_kernels.ops.audit.state import LayerAudit
 from prhs_kernels.ops.decode_config import max_registers, next_power_of_2, precision
 from prhs_kernels.ops.retrieve.config import (
+    ChooseConfig,
     ScanConfig,
-    SelectConfig,
+    WeighConfig,
+    choose_config,
     scan_config,
-    select_config,
-    weigh_blocks,
+    scan_registers,
+    weigh_config,
 )
-from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalScratch, RetrievalState
+from prhs_kernels.ops.retrieve.key_copy import KeyCopy
+from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalScratch, RetrievalState, chunk_size
 
 
 def retrieve(
@@ -25,22 +31,26 @@ def retrieve(
     state: RetrievalState,
     scratch: RetrievalScratch,
     scale: float,
+    key_copy: KeyCopy | None = None,
+    audit: LayerAudit | None = None,
 ) -> None:
     """Arguments as in `api.retrieve`, already checked."""
-    gate(query, query_pre, keys.shape[1], spans, budget, rule, state, scratch)
-    scan(query, keys, spans, scratch, scale)
-    weigh(keys.shape[1], spans, rule.num_local, state, scratch, keys.device)
-    select(keys.shape[1], spans, budget, rule, state, scratch)
+    gate(query, query_pre, spans, budget, rule, state, scratch, audit, key_copy is not None)
+    scan(query, keys, spans, scratch, scale, key_copy, audited=audit is not None)
+    weigh(spans, rule, state, scratch, audit)
+    choose(spans, budget, rule, state, scratch)
 
 
 def gate(
-    query: torch.Tensor, query_pre: torch.Tensor, num_kv_heads: int, spans: torch.Tensor,
-    budget: torch.Tensor, rule: RetrievalRule, state: RetrievalState, scratch: RetrievalScratch,
+    query: torch.Tensor, query_pre: torch.Tensor, spans: torch.Tensor, budget: torch.Tensor,
+    rule: RetrievalRule, state: RetrievalState, scratch: RetrievalScratch, audit: LayerAudit | None = None,
+    copied: bool = False,
 ) -> None:  # fmt: skip
-    """Share, put on the work list, or keep everything: one program per row."""
+    """Share, put on the work list, or keep everything, and the audits' coins: one program per row."""
+    from prhs_kernels.ops.overlap.triton import pdl_options
     from prhs_kernels.ops.retrieve.triton import gate_kernel
 
-    group, head_dim = state.anchor_query.shape[2:]
+    num_kv_heads, group, head_dim = state.anchor_query.shape[1:]
     gate_kernel[(state.count.numel(),)](
         query,
         query_pre,
@@ -55,13 +65,20 @@ def gate(
         state.count,
         state.decision,
         scratch.work,
+        audit.step if audit else scratch.work,
+        audit.coin if audit else scratch.work,
         num_kv_heads,
+        state.count.numel(),
         state.indices.shape[-1],
         rule.num_local,
+        audit.seed if audit else 0,
+        audit.limit if audit else 0,
         query.stride(0),
         query.stride(1),
         query_pre.stride(0),
         query_pre.stride(1),
+        AUDIT=audit is not None,
+        COPY=copied,
         HEAD_DIM=head_dim,
         GROUP=group,
         BLOCK_G=next_power_of_2(group),
@@ -69,22 +86,52 @@ def gate(
         BLOCK=1024,
         num_warps=4,
         maxnreg=max_registers(4),
+        **pdl_options(query.device),
     )
+
+
+def scan_constants(
+    copy: str, head_dim: int, dtype: torch.dtype, rows: int, group: int, max_len: int, audited: bool,
+    config: ScanConfig,
+) -> dict[str, Any]:  # fmt: skip
+    """Compile-time arguments of the scan."""
+    chunk, width = chunk_size(max_len), head_dim // 2 if copy == "int4" else head_dim
+    return {
+        "HEAD_DIM": head_dim,
+        "GROUP": group,
+        "BLOCK_G": max(16, next_power_of_2(group)),
+        "BLOCK_D": next_power_of_2(head_dim),
+        "BLOCK_N": config.block_n,
+        "BLOCK_E": next_power_of_2(rows * (2 if audited else 1)),
+        "CHUNK": chunk,
+        "CHUNKS": -(-max_len // chunk),
+        "COPY": copy,
+        "WIDTH": width,
+        "BLOCK_W": max(32, next_power_of_2(width)),  # the shortest product of 8-bit integers
+        "PRECISION": precision(dtype),
+        "AUDIT": audited,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def scan(
     query: torch.Tensor, keys: torch.Tensor, spans: torch.Tensor, scratch: RetrievalScratch, scale: float,
-    config: ScanConfig | None = None,
+    key_copy: KeyCopy | None = None, config: ScanConfig | None = None, audited: bool = False,
 ) -> None:  # fmt: skip
     """Scores of all candidates of the rows on the work list, and each chunk's running softmax."""
+    from prhs_kernels.ops.overlap.triton import pdl_options
     from prhs_kernels.ops.retrieve.triton import scan_kernel
 
     num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
     rows, group, max_len = scratch.scores.shape
-    config = config or scan_config(head_dim, keys.dtype, rows, max_len, keys.device)
-    scan_kernel[(config.programs,)](
+    copy = "exact" if key_copy is None else key_copy.kind.value
+    config = config or scan_config(head_dim, keys.dtype, keys.device, copy)
+    scan_kernel[(config.slots + rows * (2 if audited else 1),)](
         query,
         keys,
+        scratch.scores if key_copy is None else key_copy.data.view(torch.uint8),
+        scratch.scores if key_copy is None else key_copy.scale,
         spans,
         scratch.work,
         scratch.scores,
@@ -92,32 +139,44 @@ def scan(
         scratch.chunk_sum,
         scale,
         num_kv_heads,
+        rows,
+        0 if key_copy is None else key_copy.scale.shape[2],
         max_len,
-        scratch.chunk_max.shape[-1],
+        config.slots,
         query.stride(0),
         query.stride(1),
         *keys.stride()[:3],
-        HEAD_DIM=head_dim,
-        GROUP=group,
-        BLOCK_G=max(16, next_power_of_2(group)),
-        BLOCK_D=next_power_of_2(head_dim),
-        BLOCK_N=config.block_n,
-        CHUNK=config.chunk,
-        PRECISION=precision(keys.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **scan_constants(copy, head_dim, keys.dtype, rows, group, max_len, audited, config),
+        maxnreg=scan_registers(copy, keys.dtype),
+        **pdl_options(keys.device),
     )
 
 
+def weigh_constants(group: int, max_len: int, config: WeighConfig) -> dict[str, Any]:
+    """Compile-time arguments of the weighing."""
+    chunk = chunk_size(max_len)
+    chunks = -(-max_len // chunk)
+    return {
+        "GROUP": group,
+        "BLOCK_G": next_power_of_2(group),
+        "BLOCK_N": config.block_n,
+        "CHUNK": chunk,
+        "CHUNKS": chunks,
+        "BLOCK_C": next_power_of_2(chunks),
+        "num_warps": config.num_warps,
+    }
+
+
 def weigh(
-    num_kv_heads: int, spans: torch.Tensor, num_local: int, state: RetrievalState, scratch: RetrievalScratch,
-    device: torch.device,
+    spans: torch.Tensor, rule: RetrievalRule, state: RetrievalState, scratch: RetrievalScratch,
+    audit: LayerAudit | None = None, config: WeighConfig | None = None,
 ) -> None:  # fmt: skip
-    """Importance of every middle position, with the normaliser over all candidates."""
-    from prhs_kernels.ops.retrieve.triton import weigh_kernel
+    """Log-sum-exp over all candidates of every entry; importances of the rows that retrieve."""
+    from prhs_kernels.ops.overlap.triton import pdl_options
+    from prhs_kernels.ops.retrieve.choose.triton import weigh_kernel
 
     rows, group, max_len = scratch.scores.shape
-    config = scan_config(64, torch.float16, rows, max_len, device)
+    config = config or weigh_config(group, spans.device)
     weigh_kernel[(config.programs,)](
         spans,
         scratch.work,
@@ -125,45 +184,51 @@ def weigh(
         scratch.chunk_max,
         scratch.chunk_sum,
         scratch.weights,
+        scratch.histogram,
         state.lse,
-        num_kv_heads,
+        audit.lse if audit else state.lse,
+        state.count.shape[1],
+        rows,
         max_len,
-        scratch.chunk_max.shape[-1],
-        num_local,
-        **weigh_blocks(group, max_len),
-        GROUP=group,
-        CHUNK=config.chunk,
-        num_warps=4,
-        maxnreg=max_registers(4),
+        rule.num_local,
+        **weigh_constants(group, max_len, config),
+        maxnreg=128,
+        **pdl_options(spans.device),
     )
 
 
-def select(
-    num_kv_heads: int, spans: torch.Tensor, budget: torch.Tensor, rule: RetrievalRule,
-    state: RetrievalState, scratch: RetrievalScratch, config: SelectConfig | None = None,
+def choose(
+    spans: torch.Tensor, budget: torch.Tensor, rule: RetrievalRule, state: RetrievalState,
+    scratch: RetrievalScratch, config: ChooseConfig | None = None,
 ) -> None:  # fmt: skip
-    """Top-k by importance, dilated and written as ascending slots: one program per row of the list."""
-    from prhs_kernels.ops.retrieve.select.triton import select_kernel
+    """The new set of every row on the work list that retrieves."""
+    from prhs_kernels.ops.overlap.triton import pdl_options
+    from prhs_kernels.ops.retrieve.choose.triton import choose_kernel
 
-    config = config or select_config(scratch.max_len)
-    select_kernel[(state.count.numel(),)](
+    _, group, max_len = scratch.scores.shape
+    config = config or choose_config(max_len, spans.device)
+    choose_kernel[(config.programs,)](
         spans,
         scratch.work,
         scratch.weights,
+        scratch.scores,
+        scratch.histogram,
+        scratch.counters,
         scratch.words,
         budget,
         rule.dilation,
         state.indices,
         state.count,
-        num_kv_heads,
-        scratch.max_len,
+        state.count.shape[1],
+        max_len,
         scratch.words.shape[-1],
         state.indices.shape[-1],
         rule.num_local,
-        BLOCK=config.block,
-        SMALL=config.small,
+        GROUP=group,
         PACK=config.pack,
-        RESIDENT=config.resident,
+        LIST=config.list_len,
+        WORDS=config.words,
         num_warps=config.num_warps,
-        maxnreg=max_registers(config.num_warps),
+        maxnreg=128,
+        **pdl_options(spans.device),
     )

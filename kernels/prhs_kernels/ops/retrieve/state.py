@@ -66,7 +66,8 @@ class RetrievalState:
     indices: `[batch, num_kv_heads, capacity]` int32 slots, ascending, valid below count (heads, int32).
     anchor_query: `[batch, num_kv_heads, group, head_dim]`, what the gate compares with.
     anchor_slot: heads int32, slot of the last retrieval, -1 for none. decision: heads int32, a `Decision`.
-    lse: `[batch, num_kv_heads, group]` fp32, log-sum-exp over all candidates at the last retrieval.
+    lse: `[batch, num_kv_heads, group]` fp32, log-sum-exp over all candidates at the last retrieval, of the
+        scores that it saw: exact on exact keys, approximate where a low-bit copy was scanned.
     """
 
     indices: torch.Tensor
@@ -98,19 +99,24 @@ class RetrievalState:
         self.anchor_slot.fill_(-1)
 
 
+MAX_CHUNKS = 256  # of a row: one block holds what the scan found in all of them
+
+
 def chunk_size(n: int) -> int:
-    """Positions that one program of the scan handles at a time: short rows are cut finer, to fill a card."""
-    return 256 if n <= 8192 else 512 if n <= 65536 else 1024 if n <= 262144 else 4096
+    """Positions that are the unit of sharing out a scan, for rows of up to n."""
+    return max(256, 1 << (-(-n // MAX_CHUNKS) - 1).bit_length())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RetrievalScratch:
     """Memory of one retrieval; layers may share it. `rows = batch * num_kv_heads`.
 
-    work: `[2 + rows]` int32: next free place of the list, its length for later stages, the list of rows.
+    work: `[3 + 2 * rows]` int32: next free place of the list, its length for later stages, chunks of a piece
+        of the scan, the list.
     scores: `[rows, group, n]` fp32, base-2 logits; weights: `[rows, n]` int32, bits of the importance.
     words: `[rows, 2, ceil(n / 32)]` int32, bit masks of the chosen positions and of those with neighbours.
-    chunk_max, chunk_sum: `[rows, group, chunks]` fp32, running softmax of every chunk.
+    chunk_max, chunk_sum: `[2, rows, group, chunks]` fp32, softmax of every piece of the scan; [1]: of audits.
+    histogram: `[rows, 256]` int32 of importances; counters: `[rows, 2]` int32; zero between retrievals.
     """
 
     work: torch.Tensor
@@ -119,6 +125,8 @@ class RetrievalScratch:
     words: torch.Tensor
     chunk_max: torch.Tensor
     chunk_sum: torch.Tensor
+    histogram: torch.Tensor
+    counters: torch.Tensor
 
     @classmethod
     def allocate(
@@ -130,13 +138,18 @@ class RetrievalScratch:
         def floats(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
         return cls(
-            work=torch.zeros(2 + rows, dtype=torch.int32, device=device),
+            work=zeros(3 + 2 * rows),
             scores=floats(rows, group, n),
             weights=torch.empty(rows, n, dtype=torch.int32, device=device),
             words=torch.empty(rows, 2, -(-n // 32), dtype=torch.int32, device=device),
-            chunk_max=floats(rows, group, chunks),
-            chunk_sum=floats(rows, group, chunks),
+            chunk_max=floats(2, rows, group, chunks),
+            chunk_sum=floats(2, rows, group, chunks),
+            histogram=zeros(rows, 256),
+            counters=zeros(rows, 2),
         )
 
     @property

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from prhs_kernels.ops.audit.reference import draw_coins
+from prhs_kernels.ops.audit.state import LayerAudit
 from prhs_kernels.ops.retrieve import reference
+from prhs_kernels.ops.retrieve.key_copy import KeyCopy, dequantise
 from prhs_kernels.ops.retrieve.state import Decision, RetrievalRule, RetrievalState
 from prhs_kernels.ops.spans import span_mask
 from prhs_kernels.params import Gate
@@ -19,8 +22,10 @@ def retrieve_step(
     rule: RetrievalRule,
     state: RetrievalState,
     scale: float,
+    key_copy: KeyCopy | None = None,
+    audit: LayerAudit | None = None,
 ) -> None:
-    """Arguments as in `api.retrieve`; `state` is updated in place."""
+    """Arguments as in `api.retrieve`; `state` and `audit` are updated in place."""
     batch, num_kv_heads, n, head_dim = keys.shape
     packed, packed_pre = (q.reshape(batch, num_kv_heads, -1, head_dim) for q in (query, query_pre))
     candidates = span_mask(spans, n)
@@ -32,9 +37,15 @@ def retrieve_step(
     shares = contested & _may_share(current, spans, rule, state)
     retrieves = contested & ~shares
 
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scores = torch.matmul(packed, keys.transpose(-1, -2)).to(wide) * scale
-    scores = scores.masked_fill(~candidates[:, None, None, :], -torch.inf)
+    exact = _scores(packed, keys, candidates, scale)
+    if audit is not None:
+        falls = draw_coins(audit) & (shares if key_copy is None else contested)
+        audit.coin.copy_(falls)
+        audit.lse.copy_(torch.where(falls[..., None], exact.logsumexp(dim=-1), audit.lse))
+    scores = exact
+    if key_copy is not None:
+        copied = dequantise(key_copy.data[:, :, :n], key_copy.scale[:, :, :n], key_copy.kind)
+        scores = _scores(packed.float(), copied, candidates, scale)
     state.lse.copy_(torch.where(retrieves[..., None], scores.logsumexp(dim=-1), state.lse))
     weights = reference.importance(scores, candidates[:, None]).nan_to_num()  # NaN: no candidate at all
     allowed = middle[:, None].expand(weights.shape)
@@ -54,6 +65,13 @@ def retrieve_step(
     state.anchor_slot.copy_(anchor)
     decision = torch.where(shares, int(Decision.SHARE), int(Decision.KEEP_ALL))
     state.decision.copy_(torch.where(retrieves, int(Decision.RETRIEVE), decision))
+
+
+def _scores(packed: torch.Tensor, keys: torch.Tensor, candidates: torch.Tensor, scale: float) -> torch.Tensor:
+    """`[batch, num_kv_heads, group, n]`, fp32 or wider, -inf outside of the candidates."""
+    wide = torch.promote_types(packed.dtype, torch.float32)
+    scores = torch.matmul(packed, keys.transpose(-1, -2)).to(wide) * scale
+    return scores.masked_fill(~candidates[:, None, None, :], -torch.inf)
 
 
 def _parts(spans: torch.Tensor, n: int, num_local: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

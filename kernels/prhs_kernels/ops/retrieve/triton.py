@@ -1,8 +1,9 @@
-"""Gate, scan and weigh: who retrieves, scores of all its candidates, importance of every middle position.
+"""Gate and scan: who retrieves or is audited, and the scores of all candidates of those rows.
 
-Places count the candidates of a row, sinks first, then the window; scratch memory is indexed by them.
-The three stages and `select` need no reset in between: the scan hands the length of the work list on, and
-the weighing clears the counter for the next step.
+Places count the candidates of a row, sinks first, then the window; scratch memory is indexed by them. An
+entry of the work list is `2 * row`, or `2 * row + 1` for an audit. Its header has the next free place, the
+length for later stages and the chunks of a piece of the scan. No stage needs a reset in between: the scan
+hands the length on, and the weighing clears the counter for the next step.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -12,7 +13,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prhs_kernels.ops.sparse_decode.triton import LN_2, LOG2_E, load_query, load_rows
+from prhs_kernels.ops.overlap.triton import wait_for_previous
+from prhs_kernels.ops.sparse_decode.triton import LOG2_E, load_query, load_rows
+from prhs_kernels.ops.split_k.triton import assign, pick
+
+HEADER = tl.constexpr(3)
 
 
 @triton.jit
@@ -23,6 +28,41 @@ def load_parts(spans_ptr, batch, num_local):
     window = tl.load(spans_ptr + batch * 4 + 2)
     end = tl.load(spans_ptr + batch * 4 + 3)
     return first, sinks, window, tl.maximum(end - num_local - window, 0), end
+
+
+@triton.jit
+def smallest_cosine(query, anchor, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Of corresponding rows of two tiles `[BLOCK_G, BLOCK_D]`, in fp32."""
+    query, anchor = query.to(tl.float32), anchor.to(tl.float32)
+    norms = tl.sqrt(tl.sum(query * query, axis=1)) * tl.sqrt(tl.sum(anchor * anchor, axis=1))
+    cosine = tl.sum(query * anchor, axis=1) / tl.maximum(norms, 1e-30)
+    # rounding may not take it above 1: a threshold of 1 means never
+    return tl.minimum(tl.min(tl.where(tl.arange(0, BLOCK_G) < GROUP, cosine, 2.0), axis=0), 1.0)
+
+
+@triton.jit
+def keep_all(idx_ptr, count_ptr, count, first, sinks, window, end, capacity, BLOCK: tl.constexpr):
+    """List every candidate. Where only the end has moved on since the last step, the newest is appended."""
+    total = tl.minimum(sinks + end - window, capacity)
+    # ascending slots whose ends are these, as many as there are between them, can only be the same set
+    fits = (count == sinks + end - window - 1) & (count < capacity) & (count > sinks)
+    if fits:
+        fits = (tl.load(idx_ptr + sinks) == window) & (tl.load(idx_ptr + count - 1) == end - 2)
+    if fits & (sinks > 0):
+        fits = (tl.load(idx_ptr) == first) & (tl.load(idx_ptr + sinks - 1) == first + sinks - 1)
+    begin = tl.where(fits, count, 0)
+    for start in range(begin, total, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        slot = tl.where(place < sinks, first + place, window - sinks + place)
+        tl.store(idx_ptr + place, slot, mask=place < total)
+    tl.store(count_ptr, total)
+
+
+@triton.jit
+def enlist(work_ptr, entry):
+    """Put an entry on the work list."""
+    place = tl.atomic_add(work_ptr, 1)
+    tl.store(work_ptr + HEADER + place, entry.to(tl.int32))
 
 
 @triton.jit
@@ -39,20 +79,29 @@ def gate_kernel(
     idx_ptr,  # [rows, capacity]
     count_ptr,  # [rows]
     decision_ptr,  # [rows]
-    work_ptr,  # [2 + rows]
+    work_ptr,  # [HEADER + 2 * rows]
+    step_ptr,  # [1], int64
+    coin_ptr,  # [rows]
     num_kv_heads,
+    num_rows,
     capacity,
     num_local,
+    seed,
+    limit,
     stride_qb,
     stride_qh,
     stride_pb,
     stride_ph,
+    AUDIT: tl.constexpr,
+    COPY: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // num_kv_heads, row % num_kv_heads
     first, sinks, window, middle, end = load_parts(spans_ptr, batch, num_local)
@@ -69,12 +118,7 @@ def gate_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     anchor_ptrs = anchor_query_ptr + (row * GROUP + offs_g[:, None]) * HEAD_DIM + offs_d[None, :]
     inside = (offs_g[:, None] < GROUP) & (offs_d[None, :] < HEAD_DIM)
-    anchor = tl.load(anchor_ptrs, mask=inside, other=0.0).to(tl.float32)
-    current = query.to(tl.float32)
-    norms = tl.sqrt(tl.sum(current * current, axis=1)) * tl.sqrt(tl.sum(anchor * anchor, axis=1))
-    cosine = tl.sum(current * anchor, axis=1) / tl.maximum(norms, 1e-30)
-    # rounding may not take it above 1: a threshold of 1 means never
-    cosine = tl.minimum(tl.min(tl.where(offs_g < GROUP, cosine, 2.0), axis=0), 1.0)
+    cosine = smallest_cosine(query, tl.load(anchor_ptrs, mask=inside, other=0.0), GROUP, BLOCK_G)
 
     in_block = (anchor_slot >= 0) & (end - 1 - anchor_slot < tl.load(block_ptr + head))
     close = (mode != 0) & (cosine > tl.load(tau_ptr + head))
@@ -85,35 +129,174 @@ def gate_kernel(
         tl.store(count_ptr + row, count + 1)
         tl.store(decision_ptr + row, 0)
     elif contested:
-        place = tl.atomic_add(work_ptr, 1)
-        tl.store(work_ptr + 2 + place, row.to(tl.int32))
+        enlist(work_ptr, 2 * row)
         tl.store(anchor_ptrs, query, mask=inside)
         tl.store(anchor_slot_ptr + row, end - 1)
         tl.store(decision_ptr + row, 1)
     else:
-        total = tl.minimum(sinks + end - window, capacity)
-        for start in range(0, total, BLOCK):
-            place = start + tl.arange(0, BLOCK)
-            slot = tl.where(place < sinks, first + place, window - sinks + place)
-            tl.store(idx_ptr + place, slot, mask=place < total)
-        tl.store(count_ptr + row, total)
+        keep_all(idx_ptr, count_ptr + row, count, first, sinks, window, end, capacity, BLOCK)
         tl.store(anchor_slot_ptr + row, -1)
         tl.store(decision_ptr + row, 2)
+    if AUDIT:
+        draw = tl.randint(seed, (tl.load(step_ptr) * num_rows + row).to(tl.int32)).to(tl.int32, bitcast=True)
+        falls = ((draw & 0x7FFFFFFF) <= limit) & contested
+        if COPY == 0:
+            falls = falls & shares  # a retrieval scans exact keys: its own log-sum-exp is exact
+        if falls:
+            enlist(work_ptr, 2 * row + 1)
+        tl.store(coin_ptr + row, falls.to(tl.int32))
+
+
+@triton.jit
+def round_even(x):
+    """Nearest integer of |x| < 2**22, ties to even."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def split_query(q, q_high):
+    """The group's queries in 16 bits for products of integers: `(254 * upper + lower) * unit`, tiles twice.
+
+    A code of a key copy then goes to the matrix units as it is; converted to the query's dtype it would pass
+    through shared memory once more, which takes longer than reading it.
+    """
+    q, q_high = q.to(tl.float32), q_high.to(tl.float32)
+    amax = tl.maximum(tl.max(tl.abs(q), axis=1), tl.max(tl.abs(q_high), axis=1))
+    step = tl.where(amax > 0.0, amax, 1.0) / 127.0
+    upper, upper_high = round_even(q / step[:, None]), round_even(q_high / step[:, None])
+    lower = round_even((q / step[:, None] - upper) * 254.0).to(tl.int8)
+    lower_high = round_even((q_high / step[:, None] - upper_high) * 254.0).to(tl.int8)
+    return upper.to(tl.int8), lower, upper_high.to(tl.int8), lower_high, step / 254.0
+
+
+@triton.jit
+def score_codes(
+    query, base_ptr, slots, valid, COPY: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Dot products of the group with the codes of a key copy, not yet scaled by the position's scale."""
+    codes = load_rows(base_ptr, slots, valid, WIDTH, WIDTH, BLOCK_W)
+    if COPY == "fp8":
+        # the bits of an e4m3 number are those of an fp16 number 256 times smaller, on every architecture
+        wide = codes.to(tl.int16)
+        number = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        scores = tl.dot(query[0], tl.trans(number.to(query[0].dtype)), input_precision=PRECISION) * 256.0
+    else:
+        upper, lower, upper_high, lower_high, unit = query
+        signed = codes.to(tl.int8, bitcast=True)
+        if COPY == "int8":
+            product = tl.dot(upper, tl.trans(signed)) * 254 + tl.dot(lower, tl.trans(signed))
+        else:
+            low, high = tl.trans((signed << 4) >> 4), tl.trans(signed >> 4)
+            product = tl.dot(upper, low) + tl.dot(upper_high, high)
+            product = product * 254 + tl.dot(lower, low) + tl.dot(lower_high, high)
+        scores = product.to(tl.float32) * unit[:, None]
+    return scores
+
+
+@triton.jit
+def scan_rows(
+    query, base_ptr, scale_ptr, out_ptr, max_ptr, sum_ptr, scale, first, sinks, window, begin, end, keep,
+    max_len, stride_kn,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, COPY: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores, base 2, of the places [begin, end), stored if `keep`; their max and sum of exponentials.
+
+    The running softmax is kept per column of the tile: a reduction in the loop would wait for all warps.
+    """
+    offs_g = tl.arange(0, BLOCK_G)
+    in_group = offs_g < GROUP
+    best = tl.full([BLOCK_G, BLOCK_N], -1e30, tl.float32)  # not -inf, whose difference with itself is NaN
+    mass = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        place = start + tl.arange(0, BLOCK_N)
+        valid = place < end
+        slots = tl.where(place < sinks, first + place, window - sinks + place)
+        if COPY == "exact":
+            k = load_rows(base_ptr, slots, valid, stride_kn, HEAD_DIM, BLOCK_D)
+            scores = tl.dot(query[0], tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+        else:
+            scores = score_codes(query, base_ptr, slots, valid, COPY, WIDTH, BLOCK_W, PRECISION)
+            row_scale = tl.load(scale_ptr + slots, mask=valid, other=0.0)
+            scores *= (row_scale * (scale * LOG2_E))[None, :]
+        tl.store(
+            out_ptr + offs_g[:, None] * max_len + place[None, :],
+            scores,
+            mask=in_group[:, None] & (valid & keep)[None, :],
+        )
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        higher = tl.maximum(best, scores)
+        mass = mass * tl.exp2(best - higher) + tl.exp2(scores - higher)
+        best = higher
+    top = tl.max(best, axis=1)
+    tl.store(max_ptr + offs_g * CHUNKS, top, mask=in_group)
+    tl.store(sum_ptr + offs_g * CHUNKS, tl.sum(mass * tl.exp2(best - top[:, None]), axis=1), mask=in_group)
+
+
+@triton.jit
+def scan_piece(
+    q_ptr, k_ptr, codes_ptr, key_scale_ptr, spans_ptr, scores_ptr, chunk_max_ptr, chunk_sum_ptr, scale,
+    num_kv_heads, num_rows, copy_len, max_len, stride_qb, stride_qh, stride_kb, stride_kh, stride_kn,
+    entry, begin, stop, size,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, COPY: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr, AUDIT: tl.constexpr,
+):  # fmt: skip
+    """Chunks [begin, stop) of an entry: audits read exact keys, retrievals the copy if there is one."""
+    row, audited = (entry // 2).to(tl.int64), entry % 2
+    batch, head = row // num_kv_heads, row % num_kv_heads
+    first, sinks, window, middle, end = load_parts(spans_ptr, batch, 0)
+    out_ptr = scores_ptr + row * GROUP * max_len
+    stats = (audited * num_rows + row) * GROUP * CHUNKS + begin // size
+    begin, stop = begin * CHUNK, tl.minimum(stop * CHUNK, sinks + end - window)
+    max_ptr, sum_ptr = chunk_max_ptr + stats, chunk_sum_ptr + stats
+    if AUDIT or COPY == "exact":
+        reads_cache = audited == 1
+        if COPY == "exact":
+            reads_cache = audited >= 0
+        if reads_cache:
+            q = load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D)
+            scan_rows(
+                (q,), k_ptr + batch * stride_kb + head * stride_kh, key_scale_ptr, out_ptr, max_ptr, sum_ptr,
+                scale, first, sinks, window, begin, stop, audited == 0, max_len, stride_kn,
+                HEAD_DIM, GROUP, BLOCK_G, BLOCK_D, BLOCK_N, CHUNKS, "exact", WIDTH, BLOCK_W, PRECISION,
+            )  # fmt: skip
+    if COPY != "exact":
+        if audited == 0:
+            q = load_query(q_ptr, batch, head, stride_qb, stride_qh, WIDTH, GROUP, BLOCK_G, BLOCK_W)
+            high_ptr = q_ptr
+            if COPY == "int4":
+                high_ptr = q_ptr + WIDTH
+            high = load_query(high_ptr, batch, head, stride_qb, stride_qh, WIDTH, GROUP, BLOCK_G, BLOCK_W)
+            query = (q,)
+            if COPY != "fp8":
+                query = split_query(q, high)
+            scan_rows(
+                query, codes_ptr + row * copy_len * WIDTH, key_scale_ptr + row * copy_len, out_ptr, max_ptr,
+                sum_ptr, scale, first, sinks, window, begin, stop, audited == 0, max_len, stride_kn,
+                HEAD_DIM, GROUP, BLOCK_G, BLOCK_D, BLOCK_N, CHUNKS, COPY, WIDTH, BLOCK_W, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
 def scan_kernel(
     q_ptr,  # [batch, num_qo_heads, HEAD_DIM]
     k_ptr,  # [batch, num_kv_heads, n, HEAD_DIM]
+    codes_ptr,  # [rows, copy_len, WIDTH], uint8
+    key_scale_ptr,  # [rows, copy_len]
     spans_ptr,  # [batch, 4]
-    work_ptr,  # [2 + rows]
+    work_ptr,  # [HEADER + 2 * rows]
     scores_ptr,  # [rows, GROUP, max_len]
-    chunk_max_ptr,  # [rows, GROUP, chunks]
+    chunk_max_ptr,  # [2, rows, GROUP, CHUNKS], by piece
     chunk_sum_ptr,
     scale,
     num_kv_heads,
+    num_rows,
+    copy_len,
     max_len,
-    chunks,
+    slots_wanted,
     stride_qb,
     stride_qh,
     stride_kb,
@@ -124,100 +307,33 @@ def scan_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    COPY: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     PRECISION: tl.constexpr,
+    AUDIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     active = tl.load(work_ptr)
-    if tl.program_id(0) == 0:
+    program = tl.program_id(0)
+    if program == 0:
         tl.store(work_ptr + 1, active)
-    offs_g = tl.arange(0, BLOCK_G)
-    # chunks of all rows in turn: rows of like length finish together, and what is empty comes last
-    for tile in range(tl.program_id(0), active * chunks, tl.num_programs(0)):
-        row = tl.load(work_ptr + 2 + tile % active).to(tl.int64)
-        chunk = tile // active
-        batch, head = row // num_kv_heads, row % num_kv_heads
-        first, sinks, window, middle, end = load_parts(spans_ptr, batch, 0)
-        total = sinks + end - window
-        begin = chunk * CHUNK
-        if begin < total:
-            q = load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D)
-            base_ptr = k_ptr + batch * stride_kb + head * stride_kh
-            stop = tl.minimum(begin + CHUNK, total)
-            best = tl.full([BLOCK_G], float("-inf"), tl.float32)
-            mass = tl.zeros([BLOCK_G], tl.float32)
-            out_ptrs = scores_ptr + (row * GROUP + offs_g[:, None]) * max_len
-            for start in range(begin, stop, BLOCK_N):
-                place = start + tl.arange(0, BLOCK_N)
-                valid = place < stop
-                slots = tl.where(place < sinks, first + place, window - sinks + place)
-                k = load_rows(base_ptr, slots, valid, stride_kn, HEAD_DIM, BLOCK_D)
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-                tl.store(out_ptrs + place[None, :], scores, mask=(offs_g[:, None] < GROUP) & valid[None, :])
-                scores = tl.where(valid[None, :], scores, float("-inf"))
-                higher = tl.maximum(best, tl.max(scores, axis=1))  # finite: every block has a valid place
-                mass = mass * tl.exp2(best - higher) + tl.sum(tl.exp2(scores - higher[:, None]), axis=1)
-                best = higher
-            stats = (row * GROUP + offs_g) * chunks + chunk
-            tl.store(chunk_max_ptr + stats, best, mask=offs_g < GROUP)
-            tl.store(chunk_sum_ptr + stats, mass, mask=offs_g < GROUP)
-
-
-@triton.jit
-def weigh_kernel(
-    spans_ptr,  # [batch, 4]
-    work_ptr,  # [2 + rows]
-    scores_ptr,  # [rows, GROUP, max_len]
-    chunk_max_ptr,  # [rows, GROUP, chunks]
-    chunk_sum_ptr,
-    weights_ptr,  # [rows, max_len], middle positions only
-    lse_ptr,  # [rows, GROUP]
-    num_kv_heads,
-    max_len,
-    chunks,
-    num_local,
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    active = tl.load(work_ptr + 1)
-    if tl.program_id(0) == 0:
-        tl.store(work_ptr, 0)
-    offs_g = tl.arange(0, BLOCK_G)
-    in_group = offs_g < GROUP
-    for tile in range(tl.program_id(0), active * chunks, tl.num_programs(0)):
-        row = tl.load(work_ptr + 2 + tile % active).to(tl.int64)
-        chunk = tile // active
-        first, sinks, window, middle, end = load_parts(spans_ptr, row // num_kv_heads, num_local)
-        total = sinks + end - window
-        if chunk * CHUNK < total:
-            best = tl.full([BLOCK_G], float("-inf"), tl.float32)
-            mass = tl.zeros([BLOCK_G], tl.float32)
-            stats = (row * GROUP + offs_g[:, None]) * chunks
-            used = tl.cdiv(total, CHUNK)
-            for start in range(0, used, BLOCK_C):
-                offs_c = start + tl.arange(0, BLOCK_C)
-                mask = in_group[:, None] & (offs_c[None, :] < used)
-                some = tl.load(chunk_max_ptr + stats + offs_c[None, :], mask=mask, other=float("-inf"))
-                part = tl.load(chunk_sum_ptr + stats + offs_c[None, :], mask=mask, other=0.0)
-                higher = tl.maximum(best, tl.max(some, axis=1))
-                base = tl.where(in_group, higher, 0.0)  # -inf - -inf would be NaN
-                mass = mass * tl.exp2(best - base) + tl.sum(part * tl.exp2(some - base[:, None]), axis=1)
-                best = higher
-            lse = tl.where(in_group, best + tl.log2(tl.where(in_group, mass, 1.0)), 0.0)
-            if chunk == 0:
-                tl.store(lse_ptr + row * GROUP + offs_g, lse * LN_2, mask=in_group)
-            stop = tl.minimum(chunk * CHUNK + CHUNK, sinks + middle)
-            for start in range(tl.maximum(chunk * CHUNK, sinks), stop, BLOCK_N):
-                place = start + tl.arange(0, BLOCK_N)
-                mask = in_group[:, None] & (place[None, :] < stop)
-                scores = tl.load(
-                    scores_ptr + (row * GROUP + offs_g[:, None]) * max_len + place[None, :],
-                    mask=mask,
-                    other=float("-inf"),
-                )
-                weight = tl.sum(tl.exp2(scores - lse[:, None]), axis=0)
-                # never negative, so its bits order like its value
-                bits = weight.to(tl.int32, bitcast=True)
-                tl.store(weights_ptr + row * max_len + place - sinks, bits, mask=place < stop)
+    if active > 0:
+        listed = tl.arange(0, BLOCK_E)
+        entries = tl.load(work_ptr + HEADER + listed, mask=listed < active, other=0)
+        _, sinks, window, _, end = load_parts(spans_ptr, entries // 2 // num_kv_heads, 0)
+        chunks = tl.where(listed < active, tl.cdiv(sinks + end - window, CHUNK), 0)
+        place, begin, stop, size, wanted = assign(chunks, slots_wanted, program, active, BLOCK_E)
+        if program == 0:
+            tl.store(work_ptr + 2, size)
+        if wanted:
+            scan_piece(
+                q_ptr, k_ptr, codes_ptr, key_scale_ptr, spans_ptr, scores_ptr, chunk_max_ptr, chunk_sum_ptr,
+                scale, num_kv_heads, num_rows, copy_len, max_len, stride_qb, stride_qh, stride_kb, stride_kh,
+                stride_kn, pick(listed, place, entries), begin, stop, size, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D,
+                BLOCK_N, CHUNK, CHUNKS, COPY, WIDTH, BLOCK_W, PRECISION, AUDIT,
+            )  # fmt: skip

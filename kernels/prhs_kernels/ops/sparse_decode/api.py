@@ -12,7 +12,7 @@ from prhs_kernels.ops.backend import (
     check_shape,
     use_triton,
 )
-from prhs_kernels.ops.decode_config import decode_config
+from prhs_kernels.ops.decode_config import sparse_config
 from prhs_kernels.ops.sparse_decode import reference
 
 
@@ -64,7 +64,7 @@ def sparse_decode(
     check_kernel_limits(query, keys, values)
     from prhs_kernels.ops.sparse_decode import triton as kernel
 
-    config = decode_config(query, num_kv_heads, indices.shape[-1], num_splits)
+    config = sparse_config(query, num_kv_heads, indices.shape[-1], num_splits)
     return kernel.sparse_decode(
         query if query.stride(-1) == 1 else query.contiguous(),
         keys,

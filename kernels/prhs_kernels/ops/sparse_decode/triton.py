@@ -2,6 +2,8 @@
 
 The tile of indices for the next iteration is carried through the loop: with `idx = load; k = load(idx)` in
 one iteration the compiler keeps a single K and V buffer in flight, with the carried tile `num_stages - 1`.
+A head's count is divided on the device into splits of a few tiles at least: one that keeps much gets many
+programs, one that keeps little a few, and the programs left over end at once.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -14,6 +16,7 @@ import triton.language as tl
 
 from prhs_kernels.ops.decode_config import DecodeConfig
 from prhs_kernels.ops.merge_state.triton import merge_state
+from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -79,12 +82,22 @@ def store_state(
 
 
 @triton.jit
+def store_nothing(
+    lse_ptr, batch, head, split, splits, num_qo_heads, GROUP: tl.constexpr, BLOCK_G: tl.constexpr
+):  # fmt: skip
+    """The state of a split without a tile: only its lse is ever read."""
+    offs_g = tl.arange(0, BLOCK_G)
+    rows = (batch * num_qo_heads + head * GROUP + offs_g) * splits + split
+    tl.store(lse_ptr + rows, tl.full([BLOCK_G], float("-inf"), tl.float32), mask=offs_g < GROUP)
+
+
+@triton.jit
 def sparse_decode_kernel(
     q_ptr,  # [batch, num_qo_heads, HEAD_DIM]
     k_ptr,  # [batch, num_kv_heads, n, HEAD_DIM]
     v_ptr,
-    idx_ptr,  # [batch * num_kv_heads, max_kept], -1 is no row
-    count_ptr,  # [batch * num_kv_heads]
+    idx_ptr,  # [rows, max_kept], -1 is no row
+    count_ptr,  # [rows]
     spans_ptr,  # [batch, 4]
     out_ptr,  # [batch, num_qo_heads, splits, HEAD_DIM]
     lse_ptr,  # [batch, num_qo_heads, splits]
@@ -92,6 +105,7 @@ def sparse_decode_kernel(
     num_kv_heads,
     max_kept,
     splits,
+    least,  # tiles of a split, if there are that many
     stride_qb,
     stride_qh,
     stride_kb,
@@ -108,46 +122,49 @@ def sparse_decode_kernel(
     HAS_COUNT: tl.constexpr,
     HAS_SPANS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     batch, head = row // num_kv_heads, row % num_kv_heads
     count = max_kept
     if HAS_COUNT:
         count = tl.minimum(tl.load(count_ptr + row).to(tl.int32), max_kept)
-    # the device-side count is divided, not the capacity: splits stay balanced
-    per_split = tl.cdiv(tl.cdiv(count, BLOCK_N), splits) * BLOCK_N
+    per_split = tl.maximum(tl.cdiv(tl.cdiv(count, BLOCK_N), splits), least) * BLOCK_N
     begin = split * per_split
     end = tl.minimum(begin + per_split, count)
-    first, sink_end, window = 0, 0, 0
-    if HAS_SPANS:
-        first = tl.load(spans_ptr + batch * 4)
-        sink_end = tl.load(spans_ptr + batch * 4 + 1)
-        window = tl.load(spans_ptr + batch * 4 + 2)
-
-    q = load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D)
-    k_ptr += batch * stride_kb + head * stride_kh
-    v_ptr += batch * stride_vb + head * stride_vh
-    idx_ptr += row * max_kept
-    best = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    offs_n = tl.arange(0, BLOCK_N)
-    slots = tl.load(idx_ptr + begin + offs_n, mask=begin + offs_n < end, other=-1)
-    for start in range(begin, end, BLOCK_N):
-        ahead = start + BLOCK_N + offs_n
-        following = tl.load(idx_ptr + ahead, mask=ahead < end, other=-1)
-        valid = slots >= 0
+    if (begin >= end) & (split > 0):
+        store_nothing(lse_ptr, batch, head, split, splits, num_kv_heads * GROUP, GROUP, BLOCK_G)
+    else:
+        first, sink_end, window = 0, 0, 0
         if HAS_SPANS:
-            valid = valid & ((slots >= window) | ((slots >= first) & (slots < sink_end)))
-        k = load_rows(k_ptr, slots, valid, stride_kn, HEAD_DIM, BLOCK_D)
-        v = load_rows(v_ptr, slots, valid, stride_vn, HEAD_DIM, BLOCK_D)
-        best, total, acc = attend_tile(q, k, v, valid, best, total, acc, scale * LOG2_E, PRECISION)
-        slots = following
-    store_state(
-        out_ptr, lse_ptr, batch, head, split, splits, num_kv_heads * GROUP, best, total, acc,
-        HEAD_DIM, GROUP, BLOCK_G, BLOCK_D,
-    )  # fmt: skip
+            first = tl.load(spans_ptr + batch * 4)
+            sink_end = tl.load(spans_ptr + batch * 4 + 1)
+            window = tl.load(spans_ptr + batch * 4 + 2)
+        q = load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D)
+        k_ptr += batch * stride_kb + head * stride_kh
+        v_ptr += batch * stride_vb + head * stride_vh
+        idx_ptr += row * max_kept
+        best = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_G], tl.float32)
+        acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+        offs_n = tl.arange(0, BLOCK_N)
+        slots = tl.load(idx_ptr + begin + offs_n, mask=begin + offs_n < end, other=-1)
+        for start in range(begin, end, BLOCK_N):
+            ahead = start + BLOCK_N + offs_n
+            following = tl.load(idx_ptr + ahead, mask=ahead < end, other=-1)
+            valid = slots >= 0
+            if HAS_SPANS:
+                valid = valid & ((slots >= window) | ((slots >= first) & (slots < sink_end)))
+            k = load_rows(k_ptr, slots, valid, stride_kn, HEAD_DIM, BLOCK_D)
+            v = load_rows(v_ptr, slots, valid, stride_vn, HEAD_DIM, BLOCK_D)
+            best, total, acc = attend_tile(q, k, v, valid, best, total, acc, scale * LOG2_E, PRECISION)
+            slots = following
+        store_state(
+            out_ptr, lse_ptr, batch, head, split, splits, num_kv_heads * GROUP, best, total, acc,
+            HEAD_DIM, GROUP, BLOCK_G, BLOCK_D,
+        )  # fmt: skip
 
 
 def sparse_decode(
@@ -161,11 +178,9 @@ def sparse_decode(
     config: DecodeConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch; arguments as in `api.sparse_decode`, already checked, index tensors contiguous."""
-    batch, num_qo_heads, _, head_dim = query.shape
     num_kv_heads, max_kept = indices.shape[1:]
-    splits = config.num_splits
-    part, lse, output = state_buffers(query, splits)
-    sparse_decode_kernel[(batch * num_kv_heads, splits)](
+    part, lse, output = state_buffers(query, config.num_splits)
+    sparse_decode_kernel[(query.shape[0] * num_kv_heads, config.num_splits)](
         query,
         keys,
         values,
@@ -177,7 +192,8 @@ def sparse_decode(
         scale,
         num_kv_heads,
         max_kept,
-        splits,
+        config.num_splits,
+        config.least_tiles,
         query.stride(0),
         query.stride(1),
         *keys.stride()[:3],
@@ -185,8 +201,9 @@ def sparse_decode(
         **config.constants(query, num_kv_heads),
         HAS_COUNT=count is not None,
         HAS_SPANS=spans is not None,
+        **pdl_options(query.device),
     )
-    return finish(part, lse, output, splits)
+    return finish(part, lse, output, config.num_splits)
 
 
 def state_buffers(query: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

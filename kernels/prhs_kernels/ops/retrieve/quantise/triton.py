@@ -13,14 +13,9 @@ import triton
 import triton.language as tl
 
 from prhs_kernels.ops.retrieve.key_copy import SMALLEST, KeyCopy, KeyCopyKind
+from prhs_kernels.ops.retrieve.triton import round_even
 
 TINY = tl.constexpr(SMALLEST)
-
-
-@triton.jit
-def round_even(x):
-    """Nearest integer of |x| < 2**22, ties to even."""
-    return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit

@@ -1,0 +1,53 @@
+"""Coin and dropped mass in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from prhs_kernels.ops.audit.state import LayerAudit
+
+WORD = 0xFFFFFFFF
+
+
+def _product(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low word of the product of 32-bit words that int64 tensors hold."""
+    upper, lower = a * (b >> 16), a * (b & 0xFFFF)
+    return (upper + (lower >> 16)) >> 16, ((upper << 16) + lower) & WORD
+
+
+def philox(seed: int, counter: torch.Tensor) -> torch.Tensor:
+    """First word of Philox-4x32-10 (Salmon et al., SC 2011) at `counter`, int64 in [0, 2**32)."""
+    words = [counter & WORD, *(torch.zeros_like(counter) for _ in range(3))]
+    keys = [seed & WORD, seed >> 32 & WORD]
+    for _ in range(10):
+        (high_0, low_0), (high_2, low_2) = _product(words[0], 0xD2511F53), _product(words[2], 0xCD9E8D57)
+        words = [high_2 ^ words[1] ^ keys[0], low_2, high_0 ^ words[3] ^ keys[1], low_0]
+        keys = [keys[0] + 0x9E3779B9 & WORD, keys[1] + 0xBB67AE85 & WORD]
+    return words[0]
+
+
+def draw_coins(audit: LayerAudit) -> torch.Tensor:
+    """`[batch, num_kv_heads]` bool, one coin per row for the step at hand."""
+    rows = torch.arange(audit.coin.numel(), device=audit.coin.device)
+    draws = philox(audit.seed, audit.step * audit.coin.numel() + rows)
+    return ((draws & 0x7FFFFFFF) <= audit.limit).view_as(audit.coin)
+
+
+def count_dropped(
+    lse_kept: torch.Tensor, decision: torch.Tensor, lse: torch.Tensor, audit: LayerAudit, exact: bool
+) -> None:
+    """Arguments as in `api.count_dropped`."""
+    kept = lse_kept.view(audit.lse.shape)
+    retrieved, everything = decision == 1, decision == 2
+    certain = everything | (retrieved & exact)
+    audited = (audit.coin == 1) & ~certain
+
+    def dropped(whole: torch.Tensor) -> torch.Tensor:
+        share = 1.0 - (kept - whole).float().exp()
+        return share.clamp(min=0.0).mean(dim=-1).double()
+
+    audit.sums[0] += torch.where(certain & retrieved, dropped(lse), 0.0).sum()
+    audit.sums[1] += torch.where(audited, dropped(audit.lse), 0.0).sum()
+    audit.units[0] += certain.sum()
+    audit.units[1] += audited.sum()
+    audit.units[2] += (~certain).sum()

@@ -1,0 +1,1 @@
+"""Starting a kernel while the one before it still runs."""

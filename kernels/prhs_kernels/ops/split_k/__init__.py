@@ -1,0 +1,1 @@
+"""Rows of different length shared out to programs, and the merge of their parts: used by several kernels."""
