@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import platform
 from collections.abc import Collection
 from pathlib import Path
@@ -18,10 +17,12 @@ from prhs_calibration.family import AXES, AXIS_PROMPTS, Family, fit_family
 from prhs_calibration.key_copies import AUTO
 from prhs_calibration.models import LoadedModel
 from prhs_calibration.profile import DECODE_STEPS, Progress, closed_loop
+from prhs_calibration.results import version_of
 from prhs_calibration.statistics import TAIL_SHARE
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.runtime.attach import dense_params
+from prhs_kernels.runtime.distributed import from_rank_zero
 
 NUM_SINKS, NUM_LOCAL = 4, 16
 
@@ -112,6 +113,7 @@ def calibrate(
         key_copy=key_copy,
         progress=report,
     )
+    family = from_rank_zero(family)  # GPUs may differ in the last bits, the ranks of a curve must not
     draft = _draft(loaded, family, prompts, length, seed, delta, target, confidence, sources)
     losses, tails = closed_loop(
         loaded.model,
@@ -210,12 +212,7 @@ def _check(
 
 def _versions() -> dict[str, str]:
     names = ("prhs", "torch", "transformers", "numpy", "scipy", "safetensors")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
+    found = {name: version_of(name) or "unknown" for name in names}
     return {**found, "python": platform.python_version()}
 
 

@@ -15,6 +15,7 @@ from prhs_calibration.corpus import Prompt
 from prhs_calibration.statistics import worst_steps
 from prhs_kernels.errors import InputError
 from prhs_kernels.params import SelectorParams
+from prhs_kernels.runtime import distributed
 from prhs_kernels.runtime.attention import LayerObservation
 from prhs_kernels.runtime.scoring import Scorer
 
@@ -79,28 +80,39 @@ def closed_loop(
 
     The loss is the mean dropped mass over steps, layers and heads, the tail that of each head's worst steps.
     Settings that agree in depth and layer axes share the prompt's prefill. A setting with every axis off is
-    dense attention, whose loss is 0 by definition and is not run.
+    dense attention, whose loss is 0 by definition and is not run. Under torchrun the ranks share the prompts,
+    and each gets all losses: a prompt's do not depend on the rank that measured them.
 
     Raises:
         InputError: time axes were on, some could have shared, and no step of any prompt reused a set.
     """
-    losses = np.zeros((2, len(prompts), len(settings)))
     sparse = [(column, params) for column, params in enumerate(settings) if not params.is_dense]
-    reused, may_reuse = False, any(_can_share(params) for _, params in sparse)
-    for row, prompt in enumerate(prompts):
+    may_reuse = any(_can_share(params) for _, params in sparse)
+    mine: list[tuple[np.ndarray, bool]] = []
+    for row in distributed.share(len(prompts)):
         report(row, len(prompts))
-        scorer = Scorer(model, prompt.input_ids, prompt.prefill_length)
-        for group in _by_prefill(sparse):
-            with scorer.prepared(group[0][1]) as prepared:
-                for column, params in group:
-                    meter = LossMeter(params.num_layers, params.num_qo_heads)
-                    prepared.run(params, meter)
-                    losses[:, row, column] = meter.loss.mean(), meter.tail.mean()
-                    reused |= meter.reused
+        mine.append(_closed_loop_of(model, prompts[row], sparse, len(settings)))
     report(len(prompts), len(prompts))
-    if may_reuse and not reused:
+    losses, reused = zip(*distributed.combined(mine), strict=True)
+    if may_reuse and not any(reused):
         raise InputError("no decode step reused a set, so sharing was not tested; use longer prompts")
-    return losses
+    return np.stack(losses, axis=1)
+
+
+def _closed_loop_of(
+    model: PreTrainedModel, prompt: Prompt, sparse: list[tuple[int, SelectorParams]], num_settings: int
+) -> tuple[np.ndarray, bool]:
+    """Loss and tail of one prompt, `[2, settings]`, and whether any step reused a set."""
+    losses, reused = np.zeros((2, num_settings)), False
+    scorer = Scorer(model, prompt.input_ids, prompt.prefill_length)
+    for group in _by_prefill(sparse):
+        with scorer.prepared(group[0][1]) as prepared:
+            for column, params in group:
+                meter = LossMeter(params.num_layers, params.num_qo_heads)
+                prepared.run(params, meter)
+                losses[:, column] = meter.loss.mean(), meter.tail.mean()
+                reused |= meter.reused
+    return losses, reused
 
 
 def _can_share(params: SelectorParams) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prhs_calibration import __version__
 from prhs_calibration.files import atomic_write, check_writable
 from prhs_kernels.errors import InputError
 
@@ -88,7 +89,7 @@ def conditions(**facts: Any) -> dict[str, Any]:
     Paths below the home folder are shown with `~`, so that a shared file does not name its user.
     """
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS},
+        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in _VERSIONS},
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "command": _without_home(shlex.join(["prhs", *sys.argv[1:]])),
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -152,7 +153,10 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """Version of an installed distribution, None without one; our own is known without installation."""
+    if distribution == "prhs":
+        return __version__
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

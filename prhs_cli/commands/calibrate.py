@@ -11,6 +11,7 @@ import typer
 from prhs_cli import options
 from prhs_cli.loading import load_model
 from prhs_cli.output import Output, interruptible, pairs
+from prhs_kernels.runtime.distributed import finish, launched
 
 if TYPE_CHECKING:
     from prhs_calibration.models import LoadedModel
@@ -20,7 +21,8 @@ Examples:
   prhs calibrate reference
   prhs calibrate reference --delta 0.05 --prompts 128 -o reference.safetensors
   prhs calibrate ./my-llama --corpus notes/ --corpus book.txt --context-length 8192
-  prhs calibrate llama-3.1-8b --dry-run"""
+  prhs calibrate llama-3.1-8b --dry-run
+  torchrun --nproc-per-node 4 -m prhs_cli calibrate llama-3.1-8b     four GPUs share the prompts"""
 
 
 def command(
@@ -84,7 +86,7 @@ def command(
         return out.result(cost, pairs(cost, title="estimated cost"))
     from prhs_calibration import calibrate as library
 
-    loaded = load_model(out, model, revision=revision, device=device, dtype=dtype)
+    loaded = load_model(out, model, revision=revision, device=device, dtype=dtype, spread="prompts")
     path = output or _default_path(loaded, delta)
     with interruptible("no bundle was written"), out.progress() as progress:
         outcome = library.calibrate(
@@ -100,8 +102,10 @@ def command(
             target=target,
             progress=progress,
         )
-        outcome.bundle.save(path)
+        if launched().rank == 0:
+            outcome.bundle.save(path)
     out.result({"bundle": str(path), **outcome.summary}, *_render(path, outcome.summary))
+    finish()
 
 
 def _default_path(loaded: LoadedModel, delta: float) -> Path:

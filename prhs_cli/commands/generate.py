@@ -9,6 +9,7 @@ import typer
 
 from prhs_cli import continuing, options, prompt_files
 from prhs_cli.answers import AnswerFile
+from prhs_cli.job import Job, settings
 from prhs_cli.loading import Source
 from prhs_cli.output import Output, interruptible
 from prhs_cli.run_report import agreement_line, audit_line, stats_table
@@ -103,8 +104,8 @@ def command(
 
     source = Source(model, bundle, revision, device, dtype, spread="heads")
     sampling = Sampling(temperature, top_p, seed)
-    settings = continuing.settings(backend, mode, audit, compares=compare is not None)
-    job = continuing.Job.prepare(out, source, delta, sampling, settings, dense=compare is not None)
+    chosen = settings(backend, mode, audit, compares=compare is not None)
+    job = Job.prepare(out, source, delta, sampling, chosen, dense=compare is not None)
     requests = job.requests(prompts.prompts, raw, max_new_tokens)
     if prompts.is_text and file is None:
         with interruptible("the text so far is all there is"):
@@ -125,7 +126,7 @@ def command(
     finish()
 
 
-def _parts(job: continuing.Job, answers: list[dict[str, Any]], stats: bool) -> list[Any]:
+def _parts(job: Job, answers: list[dict[str, Any]], stats: bool) -> list[Any]:
     """The lines about dense attention and the audit, when they ran, and the table, when it was asked for."""
     summary = job.summary()
     lines = [agreement_line(answers)] if answers and "dense" in answers[0] else []

@@ -1,6 +1,8 @@
 """The second model's training: the fast forward, the loader, resuming, checkpoints in pieces, measuring."""
 
+import hashlib
 import json
+import re
 import time
 from dataclasses import replace
 
@@ -273,6 +275,21 @@ def test_collected_text_leaves_out_held_out_lines_repeats_and_other_licences(tmp
     assert list(prepare.collect(tmp_path)) == ["rich/good.py"]
     facts = prepare.manifest({"rich/good.py": own})
     assert facts["rich"]["files"] == 1 and facts["rich"]["licence"] == "MIT"
+
+
+def test_the_weights_are_those_that_the_manifest_and_the_card_speak_of():
+    folder = reference_path("weights-8k")
+    facts = json.loads((folder / "manifest.json").read_text())
+    hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.safetensors")}
+    assert hashes == facts["weights"] and len(hashes) == 3
+    card = (folder / "MODEL_CARD.md").read_text()
+    for part in facts["fine_tune"]["parts"]:
+        assert f"--favoured {part['options']['favoured']}" in card and f"| {part['part']} |" in card
+        pattern = part["options"]["trainable"]
+    assert f"'{pattern}'" in card
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    changed = {piece for name, piece in index.items() if re.search(pattern, name)}
+    assert changed == set(hashes) - {"model-00003-of-00003.safetensors"}
 
 
 def test_packed_tokens_come_back():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from prhs_calibration import results
+from prhs_calibration import __version__, results
 from prhs_kernels.errors import InputError
 
 
@@ -110,3 +111,10 @@ def test_conditions_hide_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["seeds"] == {"corpus": 1}
     assert "/home/someone" not in json.dumps(found)
     assert found["versions"]["torch"]
+
+
+def test_our_own_version_is_the_projects() -> None:
+    """Known without installation: a bundle has the same bytes on a machine that only has the source."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert results.version_of("prhs") == __version__ == project["project"]["version"]
+    assert results.version_of("no-such-distribution") is None

@@ -17,7 +17,7 @@ from prhs_kernels.errors import UsageError
 from prhs_kernels.runtime import distributed
 from prhs_kernels.testing.models import tiny_checkpoint
 
-from .conftest import ROOT, Prhs, Workplace
+from .conftest import CALIBRATION, ROOT, Prhs, Workplace
 
 WORKER = Path(__file__).parent / "distributed" / "two_ranks.py"
 # biases, norms of the heads, tied embeddings: what the ranks split differently
@@ -35,14 +35,24 @@ needs_accelerate = pytest.mark.skipif(
 
 def torchrun(size: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     paths = [ROOT, ROOT / "kernels", ROOT / "calibration", *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # sums of other threads have other last bits
+    }
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", size]
-    return subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, *map(str, launch), *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
+    try:
+        out, err = process.communicate(timeout=180)
+    finally:
+        process.terminate()  # torchrun then ends its ranks; nothing when it is done
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
@@ -100,6 +110,17 @@ def _check_records(folder: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(sets, expected["sets"], strict=True)), name
         chosen += float(torch.cat([s.float().flatten() for s in sets]).mean()) / len(whole)
     assert 0.05 < chosen < 0.95, "the sets must leave something out"
+
+
+def test_calibration_shared_by_two_ranks_gives_the_same_bundle(workplace: Workplace, tmp_path: Path) -> None:
+    """Every rank has the whole model: nothing beyond torch is needed."""
+    bundle = tmp_path / "bundle.safetensors"
+    arguments = [workplace.model, *CALIBRATION, "--corpus", workplace.corpus, "--json", "-o", bundle]
+    done = torchrun(2, "-m", "prhs_cli", "calibrate", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert bundle.read_bytes() == workplace.bundle.read_bytes()
+    assert json.loads(done.stdout)["bundle"] == str(bundle), "one object: only rank 0 prints"
+    assert done.stderr.count("on 2 ranks (cpu)") == 1
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, size: int, rank: int = 0) -> None:

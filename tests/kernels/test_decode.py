@@ -114,6 +114,13 @@ def test_greedy_ignores_the_seed_and_top_p() -> None:
     assert torch.equal(Sampler(Sampling(top_p=0.5, seed=3))(logits), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("vocabulary", [1, 2, 63, 64, 127, 4096])
+def test_greedy_takes_the_first_of_equal_logits(vocabulary: int) -> None:
+    logits = torch.randint(0, 3, (9, vocabulary), generator=torch.Generator().manual_seed(1)).bfloat16()
+    first = [row.index(max(row)) for row in logits.tolist()]
+    assert Sampler(Sampling())(logits).tolist() == first
+
+
 def test_stop_tokens_end_each_sequence_for_itself() -> None:
     model = exact_model("llama")
     params = selector_params(model.config, time=TIME)

@@ -9,7 +9,7 @@ import torch
 
 from prhs_kernels.bench.prefill_cases import visible_pairs
 from prhs_kernels.errors import ResourceError, UsageError
-from prhs_kernels.ops.window_prefill import reference
+from prhs_kernels.ops.window_prefill import api, reference
 from prhs_kernels.ops.window_prefill.api import window_prefill
 from prhs_kernels.params import DepthParams, SelectorParams
 from prhs_kernels.runtime import attention
@@ -132,6 +132,14 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UsageError, match=r"values: expected shape \[2, 2, 5, 32\]"):
         window_prefill(query, keys, keys[:, :, :4], scale=1.0)
     with pytest.raises(ResourceError, match="backend 'triton' needs"):
+        window_prefill(query, keys, keys, scale=1.0, backend="triton")
+
+
+def test_auto_takes_the_reference_where_the_kernel_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "use_triton", lambda backend, tensor: True)
+    query, keys = torch.ones(2, 4, 5, 48), torch.ones(2, 2, 5, 48)
+    assert torch.equal(window_prefill(query, keys, keys, scale=1.0), query)
+    with pytest.raises(UsageError, match="head_dim = 48"):
         window_prefill(query, keys, keys, scale=1.0, backend="triton")
 
 

@@ -204,6 +204,7 @@ class DecodeEngine:
             self._restart(length, (mask == 0).sum(dim=-1))
             shift = self._shifts()
             self.dense_bytes = cache.dense_bytes_of(self.max_len)  # with the room that ours has
+            self._graph = None  # it would go on with the buffers of the last prompt
             self.cache.take(cache, self.max_len, self.plan_rule.padding, shift, self.params.num_sinks)
             self.plan_rule.shift.copy_(torch.tensor(shift))
         return logits  # type: ignore[no-any-return]

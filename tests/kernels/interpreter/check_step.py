@@ -23,6 +23,7 @@ from prhs_kernels.params import DepthParams
 from prhs_kernels.runtime.decode import Generation, generate_tokens, left_pad
 from prhs_kernels.runtime.engine import DecodeEngine
 from prhs_kernels.runtime.sampling import Sampling
+from prhs_kernels.runtime.static_cache import StaticCache
 from prhs_kernels.testing.inputs import random_tokens, selector_params
 from prhs_kernels.testing.models import tiny_model
 from prhs_kernels.testing.tolerances import assert_as_exact_as
@@ -263,7 +264,39 @@ def test_a_graph_replays_what_the_step_does(name: str) -> None:
     found = []
     for use_graph in (False, True):
         with DecodeEngine(model, params, batch_size=2, max_len=80, use_graph=use_graph) as engine:
-            engine.start(engine.prefill(ids, mask))
-            tokens = torch.stack([engine.step().clone() for _ in range(12)])
-            found.append((tokens.tolist(), engine.stats()))
-    assert found[0] == found[1]
+            for prompt in (ids, ids.flip(1)):  # the second one in other buffers
+                engine.start(engine.prefill(prompt, torch.ones_like(mask)))
+                tokens = torch.stack([engine.step().clone() for _ in range(12)])
+                found.append((tokens.tolist(), engine.stats()))
+    assert found[:2] == found[2:] and found[0] != found[1]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="asks the allocator of a CUDA device")
+def test_the_allocator_confirms_what_is_resident(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Released mode holds less by what the buffers say, and the move holds one layer twice, not all."""
+    model: Any = tiny_model("llama", head_dim=64, max_position_embeddings=4096).to(DEVICE)
+    params = selector_params(model.config, depth=DepthParams(0, 0.05))
+    ids = torch.full((2, 3000), 7, device=DEVICE)
+    take, peaks = StaticCache.take, []
+
+    def requested(when: str = "current") -> int:
+        return int(torch.cuda.memory_stats()[f"requested_bytes.all.{when}"])
+
+    def watched(*arguments: Any) -> None:
+        torch.cuda.reset_peak_memory_stats()
+        before = requested()
+        take(*arguments)
+        peaks.append(requested("peak") - before)
+
+    monkeypatch.setattr(StaticCache, "take", watched)
+    held: dict[str, tuple[int, int]] = {}
+    for mode in ("audited", "released"):
+        with DecodeEngine(model, params, batch_size=2, max_len=3100, mode=mode) as engine:
+            engine.prefill(ids, torch.ones_like(ids))
+            held[mode] = (requested(), engine.resident_bytes)
+        layer = 2 * 2 * 2 * 3100 * 64 * 4
+        # every layer moved so far also has the room for new tokens
+        assert peaks[-1] <= layer + 4 * layer * 100 // 3100 + 65536, mode
+    allocated, resident = (held["audited"][i] - held["released"][i] for i in (0, 1))
+    assert resident > 0.3 * held["audited"][1]
+    assert abs(allocated - resident) <= 4096
