@@ -225,3 +225,18 @@ def test_doctor_names_versions_devices_and_places(prhs: Prhs, own_data_folder: P
     assert data["devices"][0][0] == "cpu" and data["devices"][0][2] > 0
     if len(data["devices"]) == 1:
         assert data["runs"]["generate --backend auto"].startswith("reference") and "CUDA" in done.out
+
+
+def test_doctor_says_why_a_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from prhs_kernels.ops import backend
+
+    cuda = torch.device("cuda")
+    for capability, words in (((9, 0), "sm_90"), ((7, 5), "tested from sm_80 on")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(backend, "has_triton", lambda: True)
+        assert words in backend.explain_backend(cuda) and "CUDA graph" in backend.explain_backend(cuda)
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
+    assert "triton is not installed" in backend.explain_backend(cuda)
+    assert "need a CUDA device" in backend.explain_backend(torch.device("cpu"))
