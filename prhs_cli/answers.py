@@ -21,8 +21,8 @@ class AnswerFile:
     """A JSONL file that grows by one synced line per finished prompt, and continues where it was left.
 
     A line that a killed process left unfinished is made again. Of several ranks only rank 0 reads and writes
-    it. Raises InputError for a file that cannot be
-    written, or is not one of these; ResourceError when the disk is full.
+    it. Raises InputError for a file that cannot be written, or is not one of these; ResourceError when the
+    disk is full.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,10 +31,9 @@ class AnswerFile:
         self._passive = launched().rank > 0
         if self._passive:
             return
-        if path.exists():
-            whole = self._read()
+        whole = not path.exists() or self._read()
         check_writable(path)
-        if path.exists() and not whole:
+        if not whole:
             self._rewrite(self.answers)
 
     def finished(self, requests: Mapping[str, str]) -> set[str]:

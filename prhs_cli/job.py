@@ -126,9 +126,11 @@ class Job:
         self.lengths.setdefault(variant, []).append([len(row) for row in made])
 
     def _note_once(self, notes: Sequence[str]) -> None:
-        for note in [note for note in notes if note not in self._noted]:
-            self._noted.add(note)
-            self.out.note(note)
+        for note in notes:
+            subject = note.split(":")[0]  # behind it stand figures that differ from batch to batch
+            if subject not in self._noted:
+                self._noted.add(subject)
+                self.out.note(note)
 
     def conditions(self) -> dict[str, Any]:
         """What an answer depends on beside its prompt and its limit."""
