@@ -62,4 +62,4 @@ def choose_config(n: int, device: torch.device) -> ChooseConfig:
     """For caches of up to n slots: one program of 16 warps on an SM, four of four where rows are short."""
     if n <= 4096:
         return ChooseConfig(1024, 512, 128, 4, 4 * num_sms(device))
-    return ChooseConfig(4096, 1024, 512, 16, num_sms(device))
+    return ChooseConfig(4096, 1024, 1024, 16, num_sms(device))
