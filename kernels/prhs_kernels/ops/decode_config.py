@@ -83,7 +83,7 @@ def dense_config(
     shape = tile("dense_decode", query.shape[-1], query.dtype, query.device)
     rows, at_once = max(1, query.shape[0] * num_kv_heads), shape.per_sm * num_sms(query.device)
     if num_splits is None:
-        most = max(1, min(MAX_SPLITS, -(-n // shape.block_n) // 4))
+        most = max(1, min(MAX_SPLITS, -(-n // shape.block_n) // 2))
         used = [rows * s / (-(-rows * s // at_once) * at_once) for s in range(1, most + 1)]
         num_splits = 1 + next(s for s, share in enumerate(used) if share >= 0.95 * max(used))
     return DecodeConfig(shape.block_n, shape.num_warps, shape.num_stages, max(1, min(num_splits, MAX_SPLITS)))

@@ -13,11 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prhs_kernels.ops.backend import interpreted
 from prhs_kernels.ops.overlap.triton import wait_for_previous
 from prhs_kernels.ops.sparse_decode.triton import LOG2_E, load_query, load_rows
 from prhs_kernels.ops.split_k.triton import assign, pick
 
 HEADER = tl.constexpr(3)
+PACKED = tl.constexpr(not interpreted())
 
 
 @triton.jit
@@ -155,7 +157,7 @@ def round_even(x):
 
 @triton.jit
 def split_query(q, q_high):
-    """The group's queries in 16 bits for products of integers: `(254 * upper + lower) * unit`, tiles twice.
+    """The group's queries in 16 bits, for products of integers: `(254 * upper + lower) * unit`.
 
     A code of a key copy then goes to the matrix units as it is; converted to the query's dtype it would pass
     through shared memory once more, which takes longer than reading it.
@@ -166,7 +168,35 @@ def split_query(q, q_high):
     upper, upper_high = round_even(q / step[:, None]), round_even(q_high / step[:, None])
     lower = round_even((q / step[:, None] - upper) * 254.0).to(tl.int8)
     lower_high = round_even((q_high / step[:, None] - upper_high) * 254.0).to(tl.int8)
-    return upper.to(tl.int8), lower, upper_high.to(tl.int8), lower_high, step / 254.0
+    # what codes that are 8 too large add to a product
+    sums = tl.sum(upper + upper_high, axis=1).to(tl.int32) * 254
+    excess = 8 * (sums + tl.sum(lower.to(tl.int32) + lower_high.to(tl.int32), axis=1))
+    return upper.to(tl.int8), lower, upper_high.to(tl.int8), lower_high, step / 254.0, excess
+
+
+@triton.jit
+def unpack(codes):
+    """Both codes of four bits of each byte, 8 added: int8 from 1 to 15. Compiled, four bytes at a time."""
+    if PACKED:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t;
+            and.b32 t, $2, 0x0F0F0F0F;
+            xor.b32 $0, t, 0x08080808;
+            shr.u32 t, $2, 4;
+            and.b32 t, t, 0x0F0F0F0F;
+            xor.b32 $1, t, 0x08080808;
+            }
+            """,
+            "=r,=r,r",
+            [codes],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return ((codes & 15) ^ 8).to(tl.int8), ((codes >> 4) ^ 8).to(tl.int8)
 
 
 @triton.jit
@@ -182,14 +212,15 @@ def score_codes(
         number = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
         scores = tl.dot(query[0], tl.trans(number.to(query[0].dtype)), input_precision=PRECISION) * 256.0
     else:
-        upper, lower, upper_high, lower_high, unit = query
+        upper, lower, upper_high, lower_high, unit, excess = query
         signed = codes.to(tl.int8, bitcast=True)
         if COPY == "int8":
             product = tl.dot(upper, tl.trans(signed)) * 254 + tl.dot(lower, tl.trans(signed))
         else:
-            low, high = tl.trans((signed << 4) >> 4), tl.trans(signed >> 4)
+            low, high = unpack(codes)
+            low, high = tl.trans(low), tl.trans(high)
             product = tl.dot(upper, low) + tl.dot(upper_high, high)
-            product = product * 254 + tl.dot(lower, low) + tl.dot(lower_high, high)
+            product = product * 254 + tl.dot(lower, low) + tl.dot(lower_high, high) - excess[:, None]
         scores = product.to(tl.float32) * unit[:, None]
     return scores
 
