@@ -10,6 +10,7 @@ import torch
 
 from prhs_kernels.errors import InputError, UnsupportedModelError, UsageError
 from prhs_kernels.ops.backend import has_triton
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.ops.retrieve.state import Decision
 from prhs_kernels.ops.spans import span_mask
 from prhs_kernels.ops.step_plan.api import step_plan
@@ -284,6 +285,60 @@ def test_what_the_engine_refuses() -> None:
     model.model.layers[1].mlp.up_proj = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False))
     with pytest.raises(UnsupportedModelError, match="layer 1 up_proj is not a plain linear"):
         opened(model, plain)
+
+
+@pytest.mark.parametrize("key_copy", ["int8", "int4"])
+@pytest.mark.parametrize("mode", ["audited", "released"])
+def test_key_copies_choose_what_the_reference_loop_chooses(key_copy: str, mode: Any) -> None:
+    """Copies of a prefix, of every later token, and in released mode of what is left of the cache."""
+    model = exact_model("qwen3").float()
+    time = {"budget_tokens": 3, "tau_cos": 0.1, "block": 4}
+    params = selector_params(
+        model.config, time=time, depth=DepthParams(1, 0.3), key_copy=KeyCopyKind(key_copy)
+    )
+    tokens, run = expected(model, params)
+    with opened(model, params, mode=mode) as engine:
+        assert decoded(engine) == tokens
+        found = engine.stats()
+        plain = engine.cache.resident_bytes
+        assert engine.resident_bytes > plain and len(engine.sets.copies) == 4
+    assert found.to_dict() == pytest.approx(run.stats.to_dict(), rel=1e-12)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_an_audit_of_everything_finds_what_the_reference_loop_finds(stops: bool) -> None:
+    model = exact_model("llama")
+    params = selector_params(model.config, time=HALF_DENSE)
+    settings: dict[str, Any] = {"max_new_tokens": STEPS, "audit": 1.0}
+    if stops:
+        free = expected(model, params)[0]
+        settings["stop_token_ids"] = [free[2][0], free[4][2]]
+    run = Generation()
+    list(generate_tokens(model, PROMPTS, params, run=run, backend="reference", **settings))
+    assert run.audit is not None and run.audit.estimate > 0.01
+    with opened(model, params, audit=1.0, stop_token_ids=tuple(settings.get("stop_token_ids", ()))) as engine:
+        decoded(engine)
+        found = engine.audit()
+    assert found is not None and found.units == run.audit.units == run.stats.units
+    assert found.estimate == pytest.approx(run.audit.estimate, rel=1e-4)
+    assert found.interval() == (found.estimate, found.estimate)
+
+
+def test_an_audit_by_a_coin_covers_the_truth_and_changes_nothing() -> None:
+    model = exact_model("llama")
+    params = selector_params(model.config, time=MIXED)
+    with opened(model, params, audit=1.0) as engine:
+        tokens, truth = decoded(engine), engine.audit().estimate
+    audits = []
+    for seed in range(4):
+        with opened(model, params, audit=0.3, audit_seed=seed) as engine:
+            assert decoded(engine) == tokens
+            audits.append(engine.audit())
+    assert len({audit.audited_units for audit in audits}) > 1, "another seed, other coins"
+    for audit in audits:
+        lower, upper = audit.interval(0.999)
+        assert lower <= truth <= upper
+        assert 0.1 < audit.audited_units / audit.other_units < 0.5
 
 
 @pytest.mark.skipif(not has_triton(), reason="needs triton")

@@ -27,7 +27,7 @@ class OtherAttention(DecodeEngine):
         self._other = attend
 
     def _attend(
-        self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, plan: StepPlan
+        self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, key: torch.Tensor, plan: StepPlan
     ) -> torch.Tensor:
         scale = self._step.layers[layer].scale
         return self._other(query, self.cache.keys[layer], self.cache.values[layer], scale, plan)

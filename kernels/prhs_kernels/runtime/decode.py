@@ -135,8 +135,8 @@ def generate_tokens(
         mode: `released` frees what the windows no longer reach; by the engine, on any device.
         dense_fallback: let the engine attend to everything where shapes say that sparse attention cannot gain
             (`runtime.floor`); noted in `run`. Not for measuring a selector.
-        audit: measure the mass that this share of the units drops, retrievals always; by the reference loop,
-            in mode `audited`. The counts are in `run.audit`.
+        audit: measure the mass that this share of the units drops, retrievals always; in mode `audited`. The
+            counts are in `run.audit`.
 
     Raises:
         UnsupportedModelError, InputError, UsageError: see `sparse_attention`.
@@ -149,8 +149,8 @@ def generate_tokens(
         raise UsageError(f"prompt_steps = {prompt_steps} must leave every prompt a token to prefill")
     if selector is not None and (backend == "triton" or mode == "released"):
         raise UsageError("a comparison selector runs on the reference, and releases nothing")
-    if audit is not None and (selector is not None or backend == "triton" or mode == "released"):
-        raise UsageError("an audit needs our own selectors, mode 'audited' and backend 'auto' or 'reference'")
+    if audit is not None and (selector is not None or mode == "released"):
+        raise UsageError("an audit needs our own selectors and mode 'audited'")
     ids, mask = (tensor.to(model.device) for tensor in left_pad(prompts, pad_token_id))
     run = run if run is not None else Generation()
     run.mode = mode
@@ -183,8 +183,10 @@ def _wants_engine(request: _Request, backend: Backend) -> bool:
     if not triton and request.run.mode == "audited":
         return False
     reason = engine_unsupported(model, params, "triton" if triton else "reference")
-    if request.auditor is not None:
-        reason = "it does not audit"
+    if request.auditor is not None and params.depth is not None:
+        reason = "it cannot measure what lies below PSAW's window"
+        if backend == "triton":
+            raise UsageError(f"an audit with backend 'triton': {reason}; use 'auto' or 'reference'")
     if reason is None or backend == "triton" or request.run.mode == "released":
         return True  # the engine itself refuses what was asked for by name
     request.run.notes.append(f"decoding without the engine: {reason}")
@@ -229,6 +231,8 @@ def _engine_loop(request: _Request, backend: Backend) -> Iterator[list[int | Non
         sampling=request.sampling,
         max_new_tokens=request.max_new_tokens,
         stop_token_ids=request.stop_token_ids,
+        audit=None if request.auditor is None else request.auditor.audit.probability,
+        audit_seed=AUDIT_SEED + launched().rank,
     ) as engine:
         run.backend = engine.backend
         logits = engine.prefill(request.ids[:, :prefix], request.mask[:, :prefix])
@@ -248,11 +252,11 @@ def _engine_loop(request: _Request, backend: Backend) -> Iterator[list[int | Non
                 pending = shown.send(engine)
             tokens = shown.receive(current)
             if step + 1 == request.max_new_tokens or not shown.alive.any():
-                run.stats = engine.stats()
+                run.stats, run.audit = engine.stats(), engine.audit()
             try:
                 yield tokens
             except GeneratorExit:  # the caller has enough, for example at the limits of each sequence
-                run.stats = engine.stats()
+                run.stats, run.audit = engine.stats(), engine.audit()
                 raise
             if not shown.alive.any():
                 return

@@ -22,8 +22,8 @@ from prhs_kernels.ops.skinny_linear import api as skinny
 from prhs_kernels.ops.step_plan.api import StepPlan
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias of a projection
-# query after and before RoPE, plan -> attention output `[batch, num_qo_heads, 1, head_dim]`
-Attend = Callable[[int, torch.Tensor, torch.Tensor, StepPlan], torch.Tensor]
+# layer, query after and before RoPE, new key, plan -> output `[batch, num_qo_heads, 1, head_dim]`
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, StepPlan], torch.Tensor]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -147,7 +147,7 @@ class DecoderStep:
             normed, residual = rms_norm(
                 out, layer.input_norm, layer.eps, residual=residual, backend=self.backend
             )
-            query, query_pre = rope_append(
+            query, query_pre, key = rope_append(
                 self._project(normed, layer.qkv),
                 keys[index],
                 values[index],
@@ -160,7 +160,7 @@ class DecoderStep:
                 eps=layer.eps,
                 backend=self.backend,
             )
-            out = self._project(attend(index, query, query_pre, plan).flatten(1), layer.o)
+            out = self._project(attend(index, query, query_pre, key, plan).flatten(1), layer.o)
             normed, residual = rms_norm(
                 out, layer.post_norm, layer.eps, residual=residual, backend=self.backend
             )

@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 from prhs_kernels.errors import UnsupportedModelError, UsageError
 from prhs_kernels.ops.backend import HEAD_DIMS, KERNEL_DTYPES, MAX_GROUP, Backend, use_triton
-from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.ops.retrieve.state import MAX_DILATION
 from prhs_kernels.ops.step_plan.api import PlanRule, StepPlan, step_plan
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import check_params, check_supported, dense_params, sparse_attention
+from prhs_kernels.runtime.audit import Audit
 from prhs_kernels.runtime.decoder_step import DecoderStep, unsupported
 from prhs_kernels.runtime.distributed import num_ranks
-from prhs_kernels.runtime.index_sets import IndexSets, selecting_layers, set_capacity
+from prhs_kernels.runtime.index_sets import AuditCoin, IndexSets, selecting_layers, set_capacity
 from prhs_kernels.runtime.memory import RunShape, check_fits, engine_bytes, free_bytes
 from prhs_kernels.runtime.sampling import Sampling, draw
 from prhs_kernels.runtime.static_cache import StaticCache
@@ -38,8 +38,6 @@ def engine_unsupported(
     time, ranks = params.time, num_ranks(model)
     if ranks > 1:
         return f"the model is split over {ranks} ranks"
-    if time is not None and params.key_copy != KeyCopyKind.EXACT:
-        return f"retrievals of these parameters scan {params.key_copy.value} copies of the keys"
     if backend == "triton":
         if params.head_dim not in HEAD_DIMS:
             return f"head_dim = {params.head_dim} has no kernel"
@@ -78,6 +76,7 @@ class DecodeEngine:
         use_graph: capture the step into a CUDA graph; default on CUDA. False runs it directly.
         mode: `released` frees what PSAW and sliding windows no longer reach after the prefill.
         sampling, max_new_tokens, stop_token_ids: how tokens are drawn, how many at most, which end a row.
+        audit: measure the mass that this share of the units drops, retrievals always (`audit`).
 
     Raises:
         UnsupportedModelError: the reference loop has to run this (`engine_unsupported`).
@@ -97,6 +96,8 @@ class DecodeEngine:
         sampling: Sampling | None = None,
         max_new_tokens: int | None = None,
         stop_token_ids: tuple[int, ...] = (),
+        audit: float | None = None,
+        audit_seed: int = 0,
     ) -> None:
         check_supported(model.config)
         check_params(model.config, params)
@@ -116,6 +117,7 @@ class DecodeEngine:
         self.sampling = sampling or Sampling()
         self._draws = max_new_tokens or max_len
         self._stops = stop_token_ids
+        self._audit = None if audit is None else (audit, audit_seed)
         self._open = False
 
     @torch.inference_mode()
@@ -141,6 +143,7 @@ class DecodeEngine:
         params, time = self.params, self.params.time
         selecting = 0 if time is None else len(selecting_layers(time))
         capacity = set_capacity(params, sliding_windows(self.model), max_len) if selecting else 0
+        copied = self.params.key_copy.scan_bytes(params.head_dim, 0) if selecting else 0
         shape = RunShape(
             params.num_layers,
             params.num_qo_heads,
@@ -148,6 +151,7 @@ class DecodeEngine:
             params.head_dim,
             self.dtype.itemsize,
             selecting,
+            copied,
         )
         return engine_bytes(shape, batch, max_len, capacity)
 
@@ -171,7 +175,7 @@ class DecodeEngine:
         self.logits: Any = None
         self.length = 0  # slots in use, as the host counts them
         self.sets: Any = IndexSets(
-            params, windows, batch, self.max_len, self.dtype, self.device, self.backend
+            params, windows, batch, self.max_len, self.dtype, self.device, self.backend, self._coin()
         )
         self._counter: Any = StepCounter(params, batch, self.sets, self.device)
 
@@ -207,6 +211,7 @@ class DecodeEngine:
             self._graph = None  # it would go on with the buffers of the last prompt
             self.cache.take(cache, self.max_len, self.plan_rule.padding, shift, self.params.num_sinks)
             self.plan_rule.shift.copy_(torch.tensor(shift))
+            self.sets.copy_keys(self.cache.keys, [length - moved for moved in shift])
         return logits  # type: ignore[no-any-return]
 
     @torch.inference_mode()
@@ -223,6 +228,7 @@ class DecodeEngine:
             self.cache.allocate(params.num_layers, shape, self.dtype, self.device)
         for tensor in [*self.cache.keys, *self.cache.values]:
             tensor.normal_(generator=generator)
+        self.sets.copy_keys(self.cache.keys, [kv_len] * params.num_layers)
         self._restart(kv_len, torch.zeros(self.batch_size, dtype=torch.long, device=self.device))
         vocabulary = self.model.config.vocab_size
         self._progress.token.random_(0, vocabulary, generator=generator)
@@ -287,6 +293,7 @@ class DecodeEngine:
         logits = self._step(now.token, plan, self.cache.keys, self.cache.values, self._attend)
         self.logits = logits  # the last one recorded is the graph's
         self._counter.end(plan, now.alive)
+        self.sets.advance()
         self._sample(logits)
         now.slot.add_(1)
 
@@ -301,10 +308,14 @@ class DecodeEngine:
             now.alive.logical_and_(~stopped)
 
     def _attend(
-        self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, plan: StepPlan
+        self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, key: torch.Tensor, plan: StepPlan
     ) -> torch.Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        return self.sets.attend(layer, query, query_pre, keys, values, plan, self._step.layers[layer].scale)  # type: ignore[no-any-return]
+        scale, alive = self._step.layers[layer].scale, self._progress.alive
+        output: torch.Tensor = self.sets.attend(
+            layer, query, query_pre, key, keys, values, plan, alive, scale
+        )
+        return output
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -338,6 +349,30 @@ class DecodeEngine:
         """What the steps so far read and kept; waits for the device."""
         return self._counter.read()  # type: ignore[no-any-return]
 
+    def _coin(self) -> AuditCoin | None:
+        if self._audit is None:
+            return None
+        return AuditCoin(*self._audit, torch.zeros(1, dtype=torch.long, device=self.device))
+
+    @torch.inference_mode()
+    def audit(self) -> Audit | None:
+        """The mass dropped so far, if that was asked for; waits for the device.
+
+        Layers without sets drop nothing: their units are exact.
+        """
+        if self._audit is None:
+            return None
+        exact_units = self._counter.units_without(self.sets)
+        totals = [audit.totals() for audit in self.sets.audits.values()]
+        return Audit(
+            exact_units=exact_units + sum(layer.exact_units for layer in totals),
+            exact_mass=sum(layer.exact_mass for layer in totals),
+            other_units=sum(layer.unexact_units for layer in totals),
+            audited_units=sum(layer.audited_units for layer in totals),
+            audited_mass=sum(layer.audited_mass for layer in totals),
+            probability=self._audit[0],
+        )
+
     @property
     def tokens(self) -> torch.Tensor:
         """`[batch]` int64 on the device: the tokens drawn last, input of the next step."""
@@ -350,8 +385,8 @@ class DecodeEngine:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of the buffers that hold keys and values, room for tokens to come included."""
-        return int(self.cache.resident_bytes)
+        """Bytes of the buffers that hold keys, values and key copies, room for tokens to come included."""
+        return int(self.cache.resident_bytes + self.sets.copy_bytes)
 
     def _check_open(self) -> None:
         if not self._open:

@@ -6,9 +6,12 @@ import dataclasses
 
 import torch
 
+from prhs_kernels.ops.audit.api import count_dropped
+from prhs_kernels.ops.audit.state import LayerAudit
 from prhs_kernels.ops.backend import Backend
 from prhs_kernels.ops.dense_decode.api import dense_decode
 from prhs_kernels.ops.retrieve.api import retrieve
+from prhs_kernels.ops.retrieve.key_copy import KeyCopy, KeyCopyKind
 from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalScratch, RetrievalState, capacity_for
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.ops.step_plan.api import StepPlan
@@ -37,18 +40,36 @@ def set_capacity(params: SelectorParams, windows: list[int | None], max_len: int
     return min(most, -(-max_len // 16) * 16)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class AuditCoin:
+    """The coin of a run: its probability, a seed, and the number of the step `[1]` int64 on the device."""
+
+    probability: float
+    seed: int
+    step: torch.Tensor
+
+    def for_layer(self, layer: int, batch: int, heads: int, group: int, device: torch.device) -> LayerAudit:
+        """Totals of a layer, with a seed of its own: layers draw independently."""
+        seed = self.seed + layer
+        return LayerAudit.allocate(self.probability, seed, batch, heads, group, device, self.step)
+
+
 class IndexSets:
     """Sets of the layers that choose any; the other layers attend to everything in their spans.
 
     stacked: one state for all of them, its leading axis is layer and sequence, so that a step is counted at
-    once; states: views of it by layer. rules: their CIS parameters by layer. None and empty without any.
+    once; states: views of it by layer. rules: their CIS parameters by layer. copies: low-bit keys by layer,
+    where retrievals scan such; audits: coins and what was found, by layer. None and empty without any.
     """
 
     def __init__(
         self, params: SelectorParams, windows: list[int | None], batch: int, max_len: int,
-        dtype: torch.dtype, device: torch.device, backend: Backend,
+        dtype: torch.dtype, device: torch.device, backend: Backend, audit: AuditCoin | None = None,
     ) -> None:  # fmt: skip
         self.backend: Backend = backend
+        self.copies: dict[int, KeyCopy] = {}
+        self.audits: dict[int, LayerAudit] = {}
+        self._params, self._device, self._batch = params, device, batch
         self.stacked: RetrievalState | None = None
         self.states: dict[int, RetrievalState] = {}
         self.rules: dict[int, RetrievalRule] = {}
@@ -65,17 +86,39 @@ class IndexSets:
         for place, layer in enumerate(layers):
             self.states[layer] = _part(self.stacked, slice(place * batch, (place + 1) * batch))
             self.rules[layer] = RetrievalRule.from_time(time, layer, params.num_local, device)
+            if audit is not None:
+                self.audits[layer] = audit.for_layer(layer, batch, heads, group, device)
         if backend == "triton":
             self._scratch = RetrievalScratch.allocate(batch, heads, group, max_len, device)
 
+    def copy_keys(self, keys: list[torch.Tensor], used: list[int]) -> None:
+        """Low-bit copies of the caches of all layers that choose, of their first `used` slots."""
+        kind, params = self._params.key_copy, self._params
+        if kind == KeyCopyKind.EXACT:
+            return
+        for layer in self.states:
+            room = keys[layer].shape[2]
+            held = self.copies.get(layer)
+            if held is None or held.scale.shape[2] != room:
+                self.copies[layer] = KeyCopy.allocate(
+                    kind, self._batch, params.num_kv_heads, room, params.head_dim, self._device
+                )
+            self.copies[layer].write(keys[layer][:, :, : used[layer]], backend=self.backend)
+
     def attend(
-        self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, keys: torch.Tensor,
-        values: torch.Tensor, plan: StepPlan, scale: float,
+        self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, key: torch.Tensor,
+        keys: torch.Tensor, values: torch.Tensor, plan: StepPlan, alive: torch.Tensor, scale: float,
     ) -> torch.Tensor:  # fmt: skip
-        """Bring a layer's sets up to date and attend to them; shapes as in `retrieve` and `sparse_decode`."""
+        """Bring a layer's sets up to date and attend to them; shapes as in `retrieve` and `sparse_decode`.
+
+        key: `[batch, num_kv_heads, 1, head_dim]`, the one that was appended to `keys`.
+        """
         spans, state = plan.spans[layer], self.states.get(layer)
         if state is None:
             return dense_decode(query, keys, values, scale=scale, spans=spans, backend=self.backend)[0]
+        copy, audit = self.copies.get(layer), self.audits.get(layer)
+        if copy is not None:
+            copy.write(key, plan.slots[layer], backend=self.backend)
         retrieve(
             query,
             keys,
@@ -86,24 +129,44 @@ class IndexSets:
             scale=scale,
             query_pre=query_pre,
             scratch=self._scratch,
+            key_copy=copy,
+            audit=audit,
             backend=self.backend,
         )
-        output, _ = sparse_decode(
+        output, lse = sparse_decode(
             query, keys, values, state.indices,
             scale=scale, count=state.count, spans=spans, backend=self.backend,
         )  # fmt: skip
+        if audit is not None:
+            count_dropped(lse.float(), state, audit, exact=copy is None, alive=alive, backend=self.backend)
         return output
 
     def reset(self) -> None:
-        """Forget every set."""
+        """Forget every set and what was audited."""
         if self.stacked is not None:
             self.stacked.reset()
+        for audit in self.audits.values():
+            audit.sums.zero_()
+            audit.units.zero_()
+
+    def advance(self) -> None:
+        """After a step: the next one draws other coins."""
+        if self.audits:
+            next(iter(self.audits.values())).step.add_(1)  # one tensor for all layers
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of the key copies."""
+        return sum(copy.data.nbytes + copy.scale.nbytes for copy in self.copies.values())
 
     def changing(self) -> list[torch.Tensor]:
-        """What a step writes."""
+        """What a step writes, but key copies: like the cache, their new slots are written before read."""
         if self.stacked is None:
             return []
-        return [getattr(self.stacked, field.name) for field in dataclasses.fields(self.stacked)]
+        found = [getattr(self.stacked, field.name) for field in dataclasses.fields(self.stacked)]
+        for audit in self.audits.values():
+            found += [audit.step, audit.sums, audit.units]
+        return found
 
 
 def _part(stacked: RetrievalState, rows: slice) -> RetrievalState:

@@ -23,6 +23,7 @@ class RunShape:
     head_dim: int
     itemsize: int
     selecting: int  # layers that choose sets
+    copied: int  # bytes of a key's low-bit copy, 0 without one
 
 
 def engine_bytes(shape: RunShape, batch: int, max_len: int, capacity: int) -> int:
@@ -33,7 +34,8 @@ def engine_bytes(shape: RunShape, batch: int, max_len: int, capacity: int) -> in
     if not shape.selecting:
         return cache + tables + SLACK
     group = shape.num_qo_heads // shape.num_kv_heads
-    sets = shape.selecting * rows * (4 * capacity + group * shape.head_dim * shape.itemsize)
+    anchors = group * shape.head_dim * shape.itemsize
+    sets = shape.selecting * rows * (4 * capacity + anchors + max_len * shape.copied)
     scratch = rows * max_len * (4 * group + 4 + 1)  # scores, weights, bit masks
     return cache + tables + sets + scratch + SLACK
 

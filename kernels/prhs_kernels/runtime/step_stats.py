@@ -17,7 +17,7 @@ class StepCounter:
     def __init__(self, params: SelectorParams, batch: int, sets: IndexSets, device: torch.device) -> None:
         layers = params.num_layers
         self.totals = torch.zeros(layers, batch, len(FIELDS), dtype=torch.float64, device=device)
-        self._group, self._backend = params.group_size, sets.backend
+        self._group, self._scan_row, self._backend = params.group_size, params.scan_row, sets.backend
         self._sets: ChosenSets | None = None
         if sets.stacked is not None:
             order = {layer: place for place, layer in enumerate(sets.rules)}
@@ -37,7 +37,15 @@ class StepCounter:
 
     def end(self, plan: StepPlan, alive: torch.Tensor) -> None:
         """After the layers have run; `alive` `[batch]` bool, sequences that still count."""
-        step_count(self.totals, plan, alive, self._sets, self._group, backend=self._backend)
+        step_count(
+            self.totals, plan, alive, self._sets, self._group,
+            scan_row=self._scan_row, backend=self._backend,
+        )  # fmt: skip
+
+    def units_without(self, sets: IndexSets) -> float:
+        """Units of the layers that choose no sets; waits for the device."""
+        others = [layer for layer in range(self.totals.shape[0]) if layer not in sets.states]
+        return float(self.totals[others, :, 0].sum()) if others else 0.0
 
     def reset(self) -> None:
         self.totals.zero_()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.ops.retrieve.state import RetrievalState
 from prhs_kernels.ops.rms_norm.api import rms_norm
 from prhs_kernels.ops.rope_append.api import rope_append
@@ -121,7 +122,7 @@ def test_rope_append(
         keys, values = room.transpose(2, 3)  # a layout of its own
         tables = {"cos": angle.cos().to(dtype).to(kind), "sin": angle.sin().to(dtype).to(kind)}
         weights = {f"{n}_norm": w if w is None else w.to(kind) for n, w in zip("qk", norms, strict=True)}
-        after, before = rope_append(
+        after, before, key = rope_append(
             qkv, keys, values, **tables, **places, **weights, eps=1e-5, backend=backend
         )
         written = torch.zeros(2, 5, dtype=torch.bool, device=DEVICE)
@@ -129,6 +130,7 @@ def test_rope_append(
         for cache in (keys, values):
             assert torch.equal(cache.isnan().all(dim=(1, 3)), ~written)
         pick = written[:, None, :, None].expand_as(keys)
+        assert torch.equal(keys[pick].view_as(key), key)
         return after, before, keys[pick].view(2, -1), values[pick].view(2, -1)
 
     found, stock, exact = run("triton", dtype), run("reference", dtype), run("reference", torch.float64)
@@ -189,8 +191,8 @@ def test_step_count(chosen: list[int]) -> None:
     alive = torch.tensor([True, False], device=DEVICE)
     found, expected = (torch.ones(layers, batch, 7, dtype=torch.float64, device=DEVICE) for _ in range(2))
     for _ in range(2):
-        step_count(found, plan, alive, sets, 2, backend="triton")
-        step_count(expected, plan, alive, sets, 2, backend="reference")
+        for totals, backend in ((found, "triton"), (expected, "reference")):
+            step_count(totals, plan, alive, sets, 2, scan_row=44 / 160, backend=backend)
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
     assert bool((found[:, 1] == 1).all()) and bool((found[:, 0, 1] > 1).all())
 
@@ -200,7 +202,7 @@ CASES = {
     "llama": {"time": {"budget_tokens": 4, "budget_ratio": [0.1, 1.0], "tau_cos": 0.1}},
     "mistral": {"depth": DepthParams(0, 0.3), "time": {"budget_tokens": 3, "gate": [1, 2], "tau_cos": 0.2}},
     "qwen2": {"depth": DepthParams(0, 0.3)},
-    "qwen3": {"time": {"budget_tokens": 3, "gate": 2, "tau_cos": 0.1}},
+    "qwen3": {"time": {"budget_tokens": 3, "gate": 2, "tau_cos": 0.1}, "key_copy": KeyCopyKind.INT4},
 }
 
 
@@ -212,7 +214,9 @@ def test_engine_gives_the_tokens_of_the_reference_loop(name: str) -> None:
     params = selector_params(model.config, **CASES[name])
     steps = 6
     free, runs = list(generate_tokens(model, PROMPTS, params, max_new_tokens=steps)), []
-    settings = {"max_new_tokens": steps, "stop_token_ids": [free[2][1]]}
+    settings: dict[str, Any] = {"max_new_tokens": steps, "stop_token_ids": [free[2][1]]}
+    if params.depth is None:
+        settings["audit"] = 1.0
     rows = []
     for backend in ("reference", "triton"):
         runs.append(Generation())
@@ -221,6 +225,9 @@ def test_engine_gives_the_tokens_of_the_reference_loop(name: str) -> None:
     assert [run.backend for run in runs] == ["reference", "triton"]
     assert runs[1].stats.to_dict() == pytest.approx(runs[0].stats.to_dict(), rel=1e-9, nan_ok=True)
     assert runs[1].stats.units == runs[0].stats.units
+    if runs[0].audit is not None:
+        assert runs[1].audit.units == runs[0].audit.units
+        assert runs[1].audit.estimate == pytest.approx(runs[0].audit.estimate, rel=1e-4)
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ def count_dropped(
     audit: LayerAudit,
     *,
     exact: bool = True,
+    alive: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> None:
     """Add one step of a layer to the totals of `audit`, after `retrieve` and `sparse_decode`.
@@ -27,6 +28,7 @@ def count_dropped(
         lse_kept: `[batch, num_qo_heads, 1]` fp32 of `sparse_decode`.
         state: after `retrieve` in the same step. audit: what `retrieve` was given.
         exact: whether retrievals scan exact keys; with a low-bit copy they are audited by the coin too.
+        alive: `[batch]` bool, sequences that count; None for all.
 
     Raises:
         UsageError: shapes, dtypes or devices that do not go together.
@@ -37,9 +39,12 @@ def count_dropped(
     check_like("lse_kept", lse_kept, audit.lse)
     check_shape("state.lse", state.lse, (batch, num_kv_heads, group))
     check_like("state.lse", state.lse, audit.lse)
+    if alive is not None:
+        check_shape("alive", alive, (batch,))
+        check_like("alive", alive, lse_kept, (torch.bool,))
     if not use_triton(backend, lse_kept):
-        reference.count_dropped(lse_kept, state.decision, state.lse, audit, exact)
+        reference.count_dropped(lse_kept, state.decision, state.lse, audit, exact, alive)
         return
     from prhs_kernels.ops.audit.triton import count_dropped as launch
 
-    launch(lse_kept.contiguous(), state.decision, state.lse, audit, exact)
+    launch(lse_kept.contiguous(), state.decision, state.lse, audit, exact, alive)

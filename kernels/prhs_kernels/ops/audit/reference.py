@@ -34,13 +34,17 @@ def draw_coins(audit: LayerAudit) -> torch.Tensor:
 
 
 def count_dropped(
-    lse_kept: torch.Tensor, decision: torch.Tensor, lse: torch.Tensor, audit: LayerAudit, exact: bool
-) -> None:
+    lse_kept: torch.Tensor, decision: torch.Tensor, lse: torch.Tensor, audit: LayerAudit, exact: bool,
+    alive: torch.Tensor | None,
+) -> None:  # fmt: skip
     """Arguments as in `api.count_dropped`."""
     kept = lse_kept.view(audit.lse.shape)
-    retrieved, everything = decision == 1, decision == 2
+    counts = torch.ones_like(decision, dtype=torch.bool)
+    if alive is not None:
+        counts &= alive[:, None]
+    retrieved, everything = counts & (decision == 1), counts & (decision == 2)
     certain = everything | (retrieved & exact)
-    audited = (audit.coin == 1) & ~certain
+    audited = counts & (audit.coin == 1) & ~certain
 
     def dropped(whole: torch.Tensor) -> torch.Tensor:
         share = 1.0 - (kept - whole).float().exp()
@@ -50,4 +54,4 @@ def count_dropped(
     audit.sums[1] += torch.where(audited, dropped(audit.lse), 0.0).sum()
     audit.units[0] += certain.sum()
     audit.units[1] += audited.sum()
-    audit.units[2] += (~certain).sum()
+    audit.units[2] += (counts & ~certain).sum()

@@ -31,21 +31,27 @@ def count_dropped_kernel(
     lse_ptr,  # [rows, GROUP]
     audit_lse_ptr,  # [rows, GROUP]
     coin_ptr,  # [rows]
+    alive_ptr,  # [batch]
     sums_ptr,  # [2], fp64
     units_ptr,  # [3], int64
     num_rows,
+    num_kv_heads,
     EXACT: tl.constexpr,
+    HAS_ALIVE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     certain_sum = tl.zeros([BLOCK_R], tl.float64)
     audited_sum = tl.zeros([BLOCK_R], tl.float64)
+    units = tl.zeros([BLOCK_R], tl.int32)
     certain_units = tl.zeros([BLOCK_R], tl.int32)
     audited_units = tl.zeros([BLOCK_R], tl.int32)
     for start in range(0, num_rows, BLOCK_R):
         rows = start + tl.arange(0, BLOCK_R)
         inside = rows < num_rows
+        if HAS_ALIVE:
+            inside = inside & (tl.load(alive_ptr + rows // num_kv_heads, mask=inside, other=0) != 0)
         decision = tl.load(decision_ptr + rows, mask=inside, other=2)
         coin = tl.load(coin_ptr + rows, mask=inside, other=0)
         certain = decision == 2
@@ -55,6 +61,7 @@ def count_dropped_kernel(
             certain_sum += dropped_mass(lse_kept_ptr, lse_ptr, rows, retrieved, GROUP, BLOCK_G)
         audited = (coin == 1) & (certain == 0)
         audited_sum += dropped_mass(lse_kept_ptr, audit_lse_ptr, rows, audited, GROUP, BLOCK_G)
+        units += inside.to(tl.int32)
         certain_units += (certain & inside).to(tl.int32)
         audited_units += audited.to(tl.int32)
     certain_count = tl.sum(certain_units, axis=0)
@@ -62,12 +69,13 @@ def count_dropped_kernel(
     tl.store(sums_ptr + 1, tl.load(sums_ptr + 1) + tl.sum(audited_sum, axis=0))
     tl.store(units_ptr, tl.load(units_ptr) + certain_count)
     tl.store(units_ptr + 1, tl.load(units_ptr + 1) + tl.sum(audited_units, axis=0))
-    tl.store(units_ptr + 2, tl.load(units_ptr + 2) + num_rows - certain_count)
+    tl.store(units_ptr + 2, tl.load(units_ptr + 2) + tl.sum(units, axis=0) - certain_count)
 
 
 def count_dropped(
-    lse_kept: torch.Tensor, decision: torch.Tensor, lse: torch.Tensor, audit: LayerAudit, exact: bool
-) -> None:
+    lse_kept: torch.Tensor, decision: torch.Tensor, lse: torch.Tensor, audit: LayerAudit, exact: bool,
+    alive: torch.Tensor | None,
+) -> None:  # fmt: skip
     """Arguments as in `api.count_dropped`, already checked."""
     rows, group = decision.numel(), lse.shape[-1]
     padded = next_power_of_2(group)
@@ -77,10 +85,13 @@ def count_dropped(
         lse,
         audit.lse,
         audit.coin,
+        audit.coin if alive is None else alive,
         audit.sums,
         audit.units,
         rows,
+        decision.shape[1],
         EXACT=exact,
+        HAS_ALIVE=alive is not None,
         GROUP=group,
         BLOCK_G=padded,
         BLOCK_R=min(next_power_of_2(rows), 512 // padded),

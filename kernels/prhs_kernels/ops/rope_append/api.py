@@ -22,8 +22,8 @@ def rope_append(
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
     backend: Backend = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries of one decode step after and before RoPE; `keys` and `values` get the new token's rows.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries of one decode step after and before RoPE, and the new key; `keys` and `values` get its row.
 
     Args:
         qkv: `[batch, (num_qo_heads + 2 * num_kv_heads) * head_dim]`, query heads first, then key, then
@@ -34,7 +34,8 @@ def rope_append(
         q_norm, k_norm: `[head_dim]`, weights of a norm over each head before RoPE (Qwen3), with `eps`.
 
     Returns:
-        queries `[batch, num_qo_heads, 1, head_dim]` after RoPE and before it.
+        queries `[batch, num_qo_heads, 1, head_dim]` after RoPE and before it, and the key that was
+        appended `[batch, num_kv_heads, 1, head_dim]`.
 
     Raises:
         UsageError: shapes, dtypes or devices that do not go together.

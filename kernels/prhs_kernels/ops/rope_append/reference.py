@@ -16,7 +16,7 @@ def rope_append(
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Arguments and results as in `api.rope_append`."""
     batch, num_kv_heads, _, head_dim = keys.shape
     if qkv.dim() == 3:
@@ -29,9 +29,10 @@ def rope_append(
         key = _normed(key, k_norm, eps)
     tables = cos[positions.long(), None], sin[positions.long(), None]
     rows = torch.arange(batch, device=qkv.device)
-    keys[rows, :, slots.long()] = _rotated(key, *tables)
+    key = _rotated(key, *tables)
+    keys[rows, :, slots.long()] = key
     values[rows, :, slots.long()] = value
-    return _rotated(query, *tables).unsqueeze(2), query.unsqueeze(2)
+    return _rotated(query, *tables).unsqueeze(2), query.unsqueeze(2), key.unsqueeze(2)
 
 
 def _normed(heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

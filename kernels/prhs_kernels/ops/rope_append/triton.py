@@ -22,7 +22,7 @@ def rope_append_kernel(
     slots_ptr,  # [batch]
     q_norm_ptr,  # [HEAD_DIM]
     k_norm_ptr,
-    out_ptr,  # [batch, num_qo_heads, HEAD_DIM]
+    out_ptr,  # [batch, num_qo_heads + num_kv_heads, HEAD_DIM]
     before_ptr,
     eps,
     num_qo_heads,
@@ -85,9 +85,10 @@ def rope_append_kernel(
         turned = second * cos + first * sin
         first = first * cos - second * sin
         second = turned
-        if is_query:
-            to_ptr = out_ptr + (batch * num_qo_heads + head) * HEAD_DIM + offs
-        else:
+        to_ptr = out_ptr + (batch * (num_qo_heads + num_kv_heads) + head) * HEAD_DIM + offs
+        if not is_query:
+            tl.store(to_ptr, first, mask=mask)
+            tl.store(to_ptr + HALF, second, mask=mask)
             to_ptr = k_ptr + batch * stride_kb + (head - num_qo_heads) * stride_kh + slot * stride_kn + offs
     tl.store(to_ptr, first, mask=mask)
     tl.store(to_ptr + HALF, second, mask=mask)
@@ -104,16 +105,18 @@ def rope_append(
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch; arguments and results as in `api.rope_append`."""
     batch, num_kv_heads, _, head_dim = keys.shape
     num_qo_heads = qkv.shape[-1] // head_dim - 2 * num_kv_heads
-    query = torch.empty(batch, num_qo_heads, 1, head_dim, dtype=keys.dtype, device=qkv.device)
+    shape = (batch, num_qo_heads + num_kv_heads, 1, head_dim)
+    out = torch.empty(shape, dtype=keys.dtype, device=qkv.device)
+    query, key = out[:, :num_qo_heads], out[:, num_qo_heads:]
     as_it_is = qkv.dim() == 2 and q_norm is None
     if as_it_is:
         before = qkv.view(batch, -1, head_dim)[:, :num_qo_heads].unsqueeze(2)
     else:
-        before = torch.empty_like(query)
+        before = torch.empty_like(query, memory_format=torch.contiguous_format)
     rope_append_kernel[(batch, num_qo_heads + 2 * num_kv_heads)](
         qkv,
         keys,
@@ -124,7 +127,7 @@ def rope_append(
         slots.contiguous(),
         q_norm if q_norm is not None else qkv,
         k_norm if k_norm is not None else qkv,
-        query,
+        out,
         before,
         eps,
         num_qo_heads,
@@ -139,4 +142,4 @@ def rope_append(
         num_warps=1,
         **launch_options(qkv.device),
     )
-    return query, before
+    return query, before, key

@@ -37,6 +37,7 @@ def step_count(
     sets: ChosenSets | None,
     group: int,
     *,
+    scan_row: float = 1.0,
     backend: Backend = "auto",
 ) -> None:
     """Add a step to `totals`; sums as `runtime.stats.DecodeStats` defines them.
@@ -45,6 +46,7 @@ def step_count(
         totals: `[layers, batch, 7]` float64, `FIELDS` in order.
         plan: of the step; alive: `[batch]` bool, sequences that count.
         sets: after the step; None if every layer keeps everything. group: query heads per KV head.
+        scan_row: rows that one scanned position costs, `SelectorParams.scan_row`.
 
     Raises:
         UsageError: shapes, dtypes or devices that do not go together.
@@ -64,8 +66,8 @@ def step_count(
             check_shape(f"sets.{name}", getattr(sets, name), shape)
             check_like(f"sets.{name}", getattr(sets, name), totals, (torch.int32,))
     if not use_triton(backend, totals):
-        reference.step_count(totals, plan, alive, sets, group)
+        reference.step_count(totals, plan, alive, sets, group, scan_row)
         return
     from prhs_kernels.ops.step_count import triton as kernel
 
-    kernel.step_count(totals, plan, alive, sets, group)
+    kernel.step_count(totals, plan, alive, sets, group, scan_row)

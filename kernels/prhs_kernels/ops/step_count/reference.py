@@ -15,14 +15,20 @@ if TYPE_CHECKING:
 
 
 def step_count(
-    totals: torch.Tensor, plan: StepPlan, alive: torch.Tensor, sets: ChosenSets | None, group: int
+    totals: torch.Tensor,
+    plan: StepPlan,
+    alive: torch.Tensor,
+    sets: ChosenSets | None,
+    group: int,
+    scan_row: float,
 ) -> None:
     """Arguments as in `api.step_count`."""
     first, sink_end, begin, end = plan.spans.long().unbind(dim=-1)
     candidates = (sink_end - first + end - begin)[..., None].expand(plan.budget.shape)
     visible = plan.visible[..., None].expand(plan.budget.shape)
     kept = candidates.clone()
-    retrieved, contested, scanned = (torch.zeros_like(kept) for _ in range(3))
+    retrieved, contested = torch.zeros_like(kept), torch.zeros_like(kept)
+    scanned = kept.new_zeros(kept.shape, dtype=torch.float64)
     if sets is not None:
         layers = (sets.place >= 0).nonzero().squeeze(-1)
         shape = (layers.numel(), *plan.budget.shape[1:])
@@ -32,7 +38,7 @@ def step_count(
         asked = (anchor >= 0) & (since < sets.block[:, None]) & (sets.gate != int(Gate.NEVER))[:, None]
         kept[layers] = torch.where(chose, _inside(plan.spans[layers], sets, shape), kept[layers])
         retrieved[layers], contested[layers] = fetched.long(), chose.long()
-        scanned[layers] = fetched * candidates[layers] + group * (chose & asked)
+        scanned[layers] = scan_row * (fetched * candidates[layers]) + group * (chose & asked).double()
     units = torch.ones_like(kept)
     fields = (units, kept, kept.double() / visible, visible, retrieved, contested, 2 * kept + scanned)
     counted = torch.stack([field.double().sum(dim=-1) for field in fields], dim=-1)

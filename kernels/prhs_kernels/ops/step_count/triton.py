@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +46,8 @@ def step_count_kernel(
     heads,
     capacity,
     group,
+    scan_top,  # rows that a scanned position costs: scan_top / scan_bottom
+    scan_bottom,
     HAS_SETS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -57,7 +60,7 @@ def step_count_kernel(
     visible = tl.load(visible_ptr + at)
     candidates = sink_end - first + end - begin
     kept = tl.where(mask, candidates, 0)
-    retrieved, contested, scanned = tl.zeros_like(kept), tl.zeros_like(kept), tl.zeros_like(kept)
+    retrieved, contested, asked = tl.zeros_like(kept), tl.zeros_like(kept), tl.zeros_like(kept)
     if HAS_SETS:
         place = tl.load(place_ptr + layer)
         if place >= 0:
@@ -70,11 +73,10 @@ def step_count_kernel(
             sinks = count_below(idx_ptrs, count, sink_end, mask) - count_below(idx_ptrs, count, first, mask)
             chose = mask & (decision != 2)
             fetched = mask & (decision == 1)
-            asked = (anchor >= 0) & (end - 1 - anchor < tl.load(block_ptr + rule, mask=mask, other=0))
-            asked = asked & chose & (tl.load(gate_ptr + rule, mask=mask, other=0) != 0)
+            gated = (anchor >= 0) & (end - 1 - anchor < tl.load(block_ptr + rule, mask=mask, other=0))
+            gated = gated & chose & (tl.load(gate_ptr + rule, mask=mask, other=0) != 0)
             kept = tl.where(chose, count - outside + sinks, kept)
-            retrieved, contested = fetched.to(tl.int32), chose.to(tl.int32)
-            scanned = tl.where(fetched, candidates, 0) + group * asked.to(tl.int32)
+            retrieved, contested, asked = fetched.to(tl.int32), chose.to(tl.int32), gated.to(tl.int32)
     if tl.load(alive_ptr + row) != 0:
         total = tl.sum(kept, axis=0).to(tl.float64)
         ptr = totals_ptr + at * 7
@@ -85,11 +87,18 @@ def step_count_kernel(
         tl.store(ptr + 3, tl.load(ptr + 3) + visible.to(tl.float64) * heads)
         tl.store(ptr + 4, tl.load(ptr + 4) + tl.sum(retrieved, axis=0))
         tl.store(ptr + 5, tl.load(ptr + 5) + tl.sum(contested, axis=0))
-        tl.store(ptr + 6, tl.load(ptr + 6) + 2.0 * total + tl.sum(scanned, axis=0))
+        scanned = (tl.sum(retrieved, axis=0) * candidates).to(tl.float64) * scan_top / scan_bottom
+        rows_read = 2.0 * total + scanned + group * tl.sum(asked, axis=0)
+        tl.store(ptr + 6, tl.load(ptr + 6) + rows_read)
 
 
 def step_count(
-    totals: torch.Tensor, plan: StepPlan, alive: torch.Tensor, sets: ChosenSets | None, group: int
+    totals: torch.Tensor,
+    plan: StepPlan,
+    alive: torch.Tensor,
+    sets: ChosenSets | None,
+    group: int,
+    scan_row: float,
 ) -> None:
     """Launch; arguments as in `api.step_count`."""
     layers, batch, heads = plan.budget.shape
@@ -110,6 +119,7 @@ def step_count(
         heads,
         capacity,
         group,
+        *Fraction(scan_row).limit_denominator(4096).as_integer_ratio(),
         HAS_SETS=sets is not None,
         BLOCK_H=triton.next_power_of_2(heads),
         num_warps=1,
