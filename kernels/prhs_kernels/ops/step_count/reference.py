@@ -38,7 +38,9 @@ def step_count(
         asked = (anchor >= 0) & (since < sets.block[:, None]) & (sets.gate != int(Gate.NEVER))[:, None]
         kept[layers] = torch.where(chose, _inside(plan.spans[layers], sets, shape), kept[layers])
         retrieved[layers], contested[layers] = fetched.long(), chose.long()
-        scanned[layers] = scan_row * (fetched * candidates[layers]) + group * (chose & asked).double()
+        scanned[layers] = (
+            scan_row * (fetched * candidates[layers]).double() + group * (chose & asked).double()
+        )
     units = torch.ones_like(kept)
     fields = (units, kept, kept.double() / visible, visible, retrieved, contested, 2 * kept + scanned)
     counted = torch.stack([field.double().sum(dim=-1) for field in fields], dim=-1)
