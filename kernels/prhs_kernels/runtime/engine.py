@@ -367,7 +367,7 @@ class DecodeEngine:
         return Audit(
             exact_units=exact_units + sum(layer.exact_units for layer in totals),
             exact_mass=sum(layer.exact_mass for layer in totals),
-            other_units=sum(layer.unexact_units for layer in totals),
+            other_units=sum(layer.other_units for layer in totals),
             audited_units=sum(layer.audited_units for layer in totals),
             audited_mass=sum(layer.audited_mass for layer in totals),
             probability=self._audit[0],
