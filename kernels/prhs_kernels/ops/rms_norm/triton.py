@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from prhs_kernels.ops.decode_config import max_registers
-from prhs_kernels.ops.pdl import launch_options
+from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
 
 
 @triton.jit
@@ -32,9 +32,7 @@ def rms_norm_kernel(
     offs = tl.arange(0, BLOCK)
     mask = offs < size
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_previous(PDL)
     x = tl.load(hidden_ptr + row + offs, mask=mask, other=0.0).to(tl.float32)
     for split in tl.static_range(1, SPLITS):
         x += tl.load(hidden_ptr + split * rows * size + row + offs, mask=mask, other=0.0)
@@ -73,7 +71,7 @@ def rms_norm(
         HAS_RESIDUAL=residual is not None,
         STORE_TOTAL=not as_it_is,
         BLOCK=block,
-        **launch_options(hidden.device),
+        **pdl_options(hidden.device),
         num_warps=num_warps,
         maxnreg=max_registers(num_warps),
     )

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from prhs_kernels.ops.pdl import launch_options
+from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
 
 
 @triton.jit
@@ -40,9 +40,7 @@ def rope_append_kernel(
     STORE_BEFORE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_previous(PDL)
     batch = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -140,6 +138,6 @@ def rope_append(
         HAS_NORM=q_norm is not None,
         STORE_BEFORE=not as_it_is,
         num_warps=1,
-        **launch_options(qkv.device),
+        **pdl_options(qkv.device),
     )
     return query, before, key

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from prhs_kernels.ops.pdl import launch_options
+from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
 
 BLOCK = 1024
 
@@ -21,9 +21,7 @@ def silu_mul_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
@@ -39,5 +37,5 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = gate_up.shape
     out = torch.empty(rows, width // 2, dtype=gate_up.dtype, device=gate_up.device)
     grid = (rows, triton.cdiv(width // 2, BLOCK))
-    silu_mul_kernel[grid](gate_up, out, width // 2, BLOCK=BLOCK, num_warps=4, **launch_options(out.device))
+    silu_mul_kernel[grid](gate_up, out, width // 2, BLOCK=BLOCK, num_warps=4, **pdl_options(out.device))
     return out

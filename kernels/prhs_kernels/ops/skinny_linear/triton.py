@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from prhs_kernels.ops.pdl import launch_options
+from prhs_kernels.ops.overlap.triton import pdl_options
 
 BLOCK_N, BLOCK_K = 64, 128
 NUM_WARPS = 4
@@ -133,7 +133,7 @@ def linear_parts(
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
         EARLY=EARLY,
-        **launch_options(rows.device),
+        **pdl_options(rows.device),
         num_warps=NUM_WARPS,
         num_stages=num_stages(block_m),
     )
@@ -158,7 +158,7 @@ def gated_linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
         EARLY=EARLY,
-        **launch_options(rows.device),
+        **pdl_options(rows.device),
         num_warps=NUM_WARPS,
         num_stages=num_stages(block_m),
     )
