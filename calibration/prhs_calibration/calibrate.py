@@ -73,7 +73,7 @@ def calibrate(
         context_length: tokens of the longest prompt; the model's own context by default.
         sources: files or folders of text; the built-in corpus by default.
         axes: which of "time", "depth", "layer" may be used.
-        key_copy: what retrievals scan: "exact", "int8", "fp8", "int4", or "auto", one of the first two.
+        key_copy: what retrievals scan: "exact", "int8", "fp8", "int4", or "auto", which compares all but fp8.
         target: "expected" or "high-probability" (docs/guarantees.md).
 
     Raises:

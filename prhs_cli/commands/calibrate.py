@@ -57,7 +57,7 @@ def command(
     key_copy: Annotated[
         Literal["auto", "exact", "int8", "fp8", "int4"],
         typer.Option(
-            help="What retrievals scan: keys or a copy of fewer bits; auto: exact or int8, what reads less."
+            help="What retrievals scan: keys or a copy of fewer bits; auto: what reads the fewest bytes."
         ),
     ] = "auto",
     dry_run: Annotated[

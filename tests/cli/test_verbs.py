@@ -52,7 +52,7 @@ def test_inspect_shows_the_promise_and_the_curve(prhs: Prhs, workplace: Workplac
     assert data["metadata"]["delta"] == DELTA
     assert data["dial"][-1] == {"lambda": 1.0, "mean_loss": pytest.approx(0.0, abs=1e-6), "tail": 0.0}
     assert data["operating_point"]["tail"] >= data["operating_point"]["mean_loss"]
-    assert data["metadata"]["key_copy"] in ("exact", "int8") and "retrievals scan" in done.out
+    assert data["metadata"]["key_copy"] in ("exact", "int8", "int4") and "retrievals scan" in done.out
     assert data["operating_point"]["lambda"] == pytest.approx(float(bundle.dial[bundle.metadata.dial_index]))
 
 
