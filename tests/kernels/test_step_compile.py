@@ -45,12 +45,12 @@ KERNELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, int
     "silu_mul": ("silu_mul", "silu_mul_kernel", {"BLOCK": 1024}, {}, {"num_warps": 4}),
     "linear_parts": (
         "skinny_linear", "linear_parts_kernel",
-        {"HAS_BIAS": True, "BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "EARLY": True},
-        {"out_ptr": "*fp32"}, {"num_warps": 4, "num_stages": 3},
+        {"HAS_BIAS": True, "BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128},
+        {"out_ptr": "*fp32"}, {"num_warps": 4, "num_stages": 4},
     ),
     "gated_linear": (
         "skinny_linear", "gated_linear_kernel",
-        {"HAS_BIAS": False, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "EARLY": True},
+        {"HAS_BIAS": False, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128},
         {}, {"num_warps": 4, "num_stages": 4},
     ),
     "step_plan": ("step_plan", "step_plan_kernel", {"BLOCK_H": 8}, {}, {"num_warps": 1}),

@@ -11,38 +11,23 @@ import triton.language as tl
 from prhs_kernels.ops.overlap.triton import pdl_options
 
 BLOCK_N, BLOCK_K = 64, 128
-NUM_WARPS = 4
-EARLY = False
-
-
-def num_stages(block_m: int) -> int:
-    """Two programs fit on an SM."""
-    return 4 if block_m == 16 else 3
+NUM_WARPS, NUM_STAGES = 4, 4  # two programs fit on an SM
 
 
 @triton.jit
 def accumulate(
     x_ptr, w_ptr, n, begin, end, rows, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows `n` of the weight times all rows of x over columns `[begin, end)`: `[BLOCK_N, BLOCK_M]` fp32."""
     m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * width + k[None, :]
     x_ptrs = x_ptr + m[None, :] * width + k[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    first = begin
-    if PDL and not EARLY:
+    if PDL:  # the next kernel may start at once: it waits for this one in its turn
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    if PDL and EARLY:
-        # the first weights are on their way while the kernel before still computes the rows
-        tl.extra.cuda.gdc_launch_dependents()
-        w = tl.load(w_ptrs + begin, eviction_policy="evict_first")
-        tl.extra.cuda.gdc_wait()
-        x = tl.load(x_ptrs + begin, mask=m[None, :] < rows, other=0.0)
-        acc = tl.dot(w, x, acc)
-        first += BLOCK_K
-    for start in range(first, end, BLOCK_K):
+    for start in range(begin, end, BLOCK_K):
         # read once: what other kernels will want again may stay in the cache
         w = tl.load(w_ptrs + start, eviction_policy="evict_first")
         x = tl.load(x_ptrs + start, mask=m[None, :] < rows, other=0.0)
@@ -64,14 +49,13 @@ def linear_parts_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     split = tl.program_id(1)
     m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = split * per_split
     end = tl.minimum(begin + per_split, width)
-    acc = accumulate(x_ptr, w_ptr, n, begin, end, rows, width, BLOCK_M, BLOCK_N, BLOCK_K, EARLY, PDL)
+    acc = accumulate(x_ptr, w_ptr, n, begin, end, rows, width, BLOCK_M, BLOCK_N, BLOCK_K, PDL)
     if HAS_BIAS:
         if split == 0:
             acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
@@ -91,7 +75,6 @@ def gated_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # one tile: the first half of its rows are gates, the second the same columns of up
@@ -100,7 +83,7 @@ def gated_linear_kernel(
     offs = tl.arange(0, BLOCK_N)
     first = tl.program_id(0) * HALF
     n = tl.where(offs < HALF, first + offs, size + first + offs - HALF)
-    acc = accumulate(x_ptr, w_ptr, n, 0, width, rows, width, BLOCK_M, BLOCK_N, BLOCK_K, EARLY, PDL)
+    acc = accumulate(x_ptr, w_ptr, n, 0, width, rows, width, BLOCK_M, BLOCK_N, BLOCK_K, PDL)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
     pair = tl.permute(tl.reshape(acc, [2, HALF, BLOCK_M]), (1, 2, 0))
@@ -132,10 +115,9 @@ def linear_parts(
         BLOCK_M=block_m,
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
-        EARLY=EARLY,
         **pdl_options(rows.device),
         num_warps=NUM_WARPS,
-        num_stages=num_stages(block_m),
+        num_stages=NUM_STAGES,
     )
     return out
 
@@ -157,9 +139,8 @@ def gated_linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         BLOCK_M=block_m,
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
-        EARLY=EARLY,
         **pdl_options(rows.device),
         num_warps=NUM_WARPS,
-        num_stages=num_stages(block_m),
+        num_stages=NUM_STAGES,
     )
     return out
