@@ -16,7 +16,6 @@ import pytest
 
 from prhs_kernels.bench.compile import ARCHITECTURES, Case, full_grid, pairwise
 from prhs_kernels.ops.backend import HEAD_DIMS
-from prhs_kernels.ops.window_prefill.api import PREFILL_HEAD_DIMS
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -84,6 +83,6 @@ def test_a_table_counts_every_kernel() -> None:
     decode = {"sparse_decode", "dense_decode", "merge_state", "gate", "scan", "weigh", "choose"}
     copies = {f"{name} {kind}" for name in ("scan", "key copy") for kind in ("int8", "fp8", "int4")}
     assert set(count) == decode | copies | {"window_prefill", "count_dropped"}
-    assert count["window_prefill"] == len(ARCHITECTURES) * len(PREFILL_HEAD_DIMS) * 3
+    assert count["window_prefill"] == len(ARCHITECTURES) * len(HEAD_DIMS) * 3
     assert count["scan"] == count["sparse_decode"] == len(ARCHITECTURES) * len(HEAD_DIMS) * 3 * 4
     assert count["scan int4"] == len(ARCHITECTURES) * len(HEAD_DIMS) * 3 * 2

@@ -28,7 +28,6 @@ from prhs_kernels.ops.decode_config import DecodeConfig, max_registers, next_pow
 from prhs_kernels.ops.launch_table import tile
 from prhs_kernels.ops.retrieve.config import ScanConfig, choose_config, scan_registers, weigh_config
 from prhs_kernels.ops.retrieve.key_copy import MAX_FP32_FP8, KeyCopyKind
-from prhs_kernels.ops.window_prefill.api import PREFILL_HEAD_DIMS
 from prhs_kernels.ops.window_prefill.config import prefill_config
 
 ARCHITECTURES = (80, 90, 100)
@@ -79,8 +78,7 @@ def full_grid() -> list[Case]:
         cases += [Case(f"key copy {copy}", *axes) for axes in sizes]
         fitting = [s for s in sizes if copy != "fp8" or s[1] <= MAX_FP32_FP8 or s[2] != "fp32"]
         cases += [Case(f"scan {copy}", *axes, group) for axes in fitting for group in (1, 16)]
-    prefill = itertools.product(ARCHITECTURES, PREFILL_HEAD_DIMS, DTYPES)
-    cases += [Case("window_prefill", a, d, t) for a, d, t in prefill]
+    cases += [Case("window_prefill", *axes) for axes in sizes]
     for arch, group in itertools.product(ARCHITECTURES, GROUPS):
         cases += [Case(k, arch, group=group, length=n) for k in ("weigh", "choose") for n in ROW_LENGTHS]
         cases.append(Case("count_dropped", arch, group=group))

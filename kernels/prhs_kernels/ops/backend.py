@@ -100,15 +100,13 @@ def check_attention(
         raise UsageError(f"num_qo_heads = {num_qo_heads} is not a multiple of num_kv_heads = {num_kv_heads}")
 
 
-def check_kernel_limits(
-    query: torch.Tensor, *caches: torch.Tensor, head_dims: tuple[int, ...] = HEAD_DIMS
-) -> None:
+def check_kernel_limits(query: torch.Tensor, *caches: torch.Tensor) -> None:
     """What the kernels can do beyond the reference: raise `UsageError` outside of it."""
     group, head_dim = query.shape[1] // caches[0].shape[1], query.shape[-1]
     if query.dtype not in KERNEL_DTYPES:
         raise UsageError(f"query: expected dtype float32, float16 or bfloat16, got {query.dtype}")
-    if head_dim not in head_dims:
-        raise UsageError(f"head_dim = {head_dim}: the kernels know {', '.join(map(str, head_dims))}")
+    if head_dim not in HEAD_DIMS:
+        raise UsageError(f"head_dim = {head_dim}: the kernels know {', '.join(map(str, HEAD_DIMS))}")
     if group > MAX_GROUP:
         raise UsageError(f"{group} query heads per KV head: the kernels take at most {MAX_GROUP}")
     for cache in caches:

@@ -6,7 +6,6 @@ import torch
 
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.backend import (
-    HEAD_DIMS,
     Backend,
     check_attention,
     check_kernel_limits,
@@ -16,7 +15,6 @@ from prhs_kernels.ops.backend import (
 )
 from prhs_kernels.ops.window_prefill import reference
 
-PREFILL_HEAD_DIMS = (32, *HEAD_DIMS)
 INTEGERS = (torch.int64, torch.int32)
 
 
@@ -91,7 +89,7 @@ def _runs_kernel(backend: Backend, query: torch.Tensor, keys: torch.Tensor, valu
     if not use_triton(backend, query):
         return False
     try:
-        check_kernel_limits(query, keys, values, head_dims=PREFILL_HEAD_DIMS)
+        check_kernel_limits(query, keys, values)
     except UsageError:
         if backend == "triton":
             raise
