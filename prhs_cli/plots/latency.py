@@ -22,7 +22,10 @@ COLUMNS = 2  # panels side by side
 DENSE = Look("fastest dense", "#000000", "s", "-")
 MASKED = Look("masked sdpa as gpt-fast", "#777777", "x", "-")
 ATTENTION = Look("attention over given sets", "#4c9a6a", "D", "-.", size=3.5)
-RATIOS = (("#123c86", "o", "-"), ("#3f78c9", "v", "--"), ("#b83b55", "^", "-."), ("#dda32f", "P", ":"))
+RATIOS = (
+    ("#123c86", "o", "-"), ("#3f78c9", "v", "--"), ("#b83b55", "^", "-."), ("#dda32f", "P", "--"),
+    ("#7a4fa3", "<", "-"), ("#9a6b3f", ">", "-."),
+)  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -41,12 +44,11 @@ def figure(result: dict[str, Any]) -> Figure:
     label = "time (µs per layer and step)" if result.get("kind") == KIND else "time (µs per step)"
 
     def panel(axis: Axes, rows: list[Row]) -> None:
-        for look, series in lines(rows):
-            points = [(row["problem"]["n"], row["timing"]["p50"], row["floor_us"]) for row in series]
-            line(axis, look, points)
-        axis.set_yscale("log")
-        positions(axis, sorted({row["problem"]["n"] for row in rows}), "context (positions)")
-        axis.set_ylabel(label)
+        chart(axis, rows, "n", _point, "context (positions)", label)
+        if several(rows, "n"):
+            axis.set_yscale("log")
+        else:
+            axis.set_xlim(0)
 
     return panels(result, KINDS, ("name", "batch"), "{name}, batch {batch}", panel)
 
@@ -96,24 +98,61 @@ def lines(rows: list[Row]) -> Iterator[tuple[Look, list[Row]]]:
     yield DENSE, list(fastest.values())
     yield MASKED, [row for row in rows if row["case"] == MASKED.label]
     yield ATTENTION, [row for row in rows if row["case"] == "sparse_decode + merge"]
-    sparse = [row for row in rows if "ρ = " in row["case"]]
+    sparse = [row for row in rows if row["kind"] in ("layer", "sparse") and "ρ = " in row["case"]]
     sizes = {(row["case"], *place(row)) for row in sparse}
-    several = len(sizes) < len(sparse)  # the same case with more than one number of kept positions
+    many = len(sizes) < len(sparse)  # the same case with more than one number of kept positions
     ratios: dict[tuple[float, str], list[Row]] = {}
     for row in sparse:
-        label = f"{row['case']}, {row['problem']['kept']} kept" if several else row["case"]
+        label = f"{row['case']}, {row['problem']['kept']} kept" if many else row["case"]
         ratios.setdefault((float(row["case"].rpartition("= ")[2]), label), []).append(row)
     for key, look in zip(sorted(ratios), cycle(RATIOS), strict=False):
         yield Look(key[1], *look), ratios[key]
 
 
-def line(axis: Axes, look: Look, points: list[tuple[float, float, float]]) -> None:
-    """Points (x, measured, bound set by the bytes), in the order of x; the bound is dotted."""
-    if points:
-        x, measured, bound = zip(*sorted(points), strict=True)
-        axis.plot(x, measured, **look.line())
-        marker = "_" if len(x) == 1 else ""  # one point makes no line
-        axis.plot(x, bound, color=look.color, linestyle=":", linewidth=0.8, marker=marker)
+def _point(row: Row) -> tuple[float, float]:
+    return row["timing"]["p50"], row["floor_us"]
+
+
+def several(rows: list[Row], varied: str) -> bool:
+    """Whether the rows lie at more than one value of the problem's field `varied`."""
+    return len({row["problem"][varied] for row in rows}) > 1
+
+
+def chart(
+    axis: Axes,
+    rows: list[Row],
+    varied: str,
+    point: Callable[[Row], tuple[float, float]],
+    where: str,
+    what: str,
+) -> None:
+    """Lines over `varied`, or bars where it has one value.
+
+    `point` gives a row's value and what the bytes bound it by; `where` and `what` name the axes.
+    """
+    found = [(look, series) for look, series in lines(rows) if series]
+    if several(rows, varied):
+        for look, series in found:
+            _line(axis, look, sorted((row["problem"][varied], *point(row)) for row in series))
+        positions(axis, sorted({row["problem"][varied] for row in rows}), where)
+        axis.set_ylabel(what)
+        return
+    for height, (look, series) in enumerate(found):
+        value, bound = point(series[0])
+        axis.barh(height, value, color=look.color, height=0.7)
+        for color, width in (("#ffffff", 3.0), ("#000000", 1.2)):
+            axis.plot([bound], [height], marker="|", markersize=12, color=color, markeredgewidth=width)
+    axis.set_yticks(range(len(found)), [look.label for look, _ in found])
+    axis.invert_yaxis()
+    axis.set_xlabel(what)
+    axis.set_ylabel(f"{where.partition(' ')[0]} {rows[0]['problem'][varied]}")
+
+
+def _line(axis: Axes, look: Look, points: list[tuple[float, float, float]]) -> None:
+    """Points (x, measured, bound set by the bytes); the bound is dotted."""
+    x, measured, bound = zip(*points, strict=True)
+    axis.plot(x, measured, **look.line())
+    axis.plot(x, bound, color=look.color, linestyle=":", linewidth=0.8, marker="_" if len(x) == 1 else "")
 
 
 def positions(axis: Axes, values: Sequence[int], label: str) -> None:
@@ -130,8 +169,9 @@ def _legend(fig: Figure, axes: Sequence[Axes]) -> None:
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    (dotted,) = axes[0].plot([], [], color="#555555", linestyle=":", linewidth=0.8)
-    found["byte floor of each"] = dotted
+    if not found:  # bars carry their names
+        return
+    (found["byte floor of each"],) = axes[0].plot([], [], color="#555555", linestyle=":", linewidth=0.8)
     fig.legend(
         list(found.values()), list(found), loc="outside upper center", ncols=3, columnspacing=1.4,
         handlelength=2.6,
@@ -143,7 +183,7 @@ def _conditions(result: dict[str, Any], rows: list[Row]) -> str:
     kept = sorted({row["problem"]["kept"] for row in rows if row["problem"]["kept"]})
     parts = [
         f"Random tensors, cold L2, medians; {', '.join(map(str, kept))} kept positions per KV head",
-        f"floor: bytes at the copy bandwidth of the same run, {min(rates):.3g} TB/s",
+        f"floor (dotted; at bars a stroke): bytes at this run's copy bandwidth, {min(rates):.3g} TB/s",
         style.versions(result),
     ]
     return "; ".join(part for part in parts if part) + "."

@@ -32,16 +32,13 @@ def figure(result: dict[str, Any]) -> Figure:
     label = "batch (sequences)" if by_batch else "context (positions)"
 
     def panel(axis: Axes, rows: list[latency.Row]) -> None:
-        for look, series in latency.lines(rows):
-            latency.line(axis, look, [_point(row, varied) for row in series])
-        latency.positions(axis, sorted({row["problem"][varied] for row in rows}), label)
-        axis.set_ylabel("decode throughput (tokens/s)")
-        axis.set_ylim(bottom=0)
+        latency.chart(axis, rows, varied, _point, label, "decode throughput (tokens/s)")
+        (axis.set_ylim if latency.several(rows, varied) else axis.set_xlim)(0)
 
     return latency.panels(result, (KIND,), ("name", fixed), title, panel)
 
 
-def _point(row: latency.Row, varied: str) -> tuple[float, float, float]:
-    """What was varied, measured throughput, and that of a step which takes no longer than its bytes."""
+def _point(row: latency.Row) -> tuple[float, float]:
+    """Measured throughput, and that of a step which takes no longer than its bytes."""
     tokens = row["problem"]["batch"] * 1e6
-    return row["problem"][varied], tokens / row["timing"]["p50"], tokens / row["floor_us"]
+    return tokens / row["timing"]["p50"], tokens / row["floor_us"]

@@ -325,7 +325,11 @@ def test_one_point_still_shows_its_floor() -> None:
     result = bench_result("bench-operator")
     result["data"]["rows"] = [row for row in result["data"]["rows"] if row["problem"]["n"] == 4096]
     (axis,) = latency.figure(result).axes
-    assert sum(line.get_marker() == "_" for line in axis.get_lines()) == 4
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([32.768, 98.304, 3.2768, 9.8304])
+    strokes = [
+        float(np.asarray(line.get_xdata())[0]) for line in axis.get_lines() if line.get_marker() == "|"
+    ]
+    assert strokes[::2] == pytest.approx([0.8 * bar.get_width() for bar in axis.patches])
 
 
 def test_two_numbers_of_kept_positions_are_two_lines() -> None:
