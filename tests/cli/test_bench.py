@@ -214,6 +214,11 @@ def test_operator_at_toy_size(tmp_path: Path) -> None:
     assert {"layer, ρ = 0", "layer, ρ = 1", "scan", "dense_decode"} <= {each["case"] for each in data["rows"]}
     ratios = [each["values"]["retrieval_ratio"] for each in data["rows"] if each["kind"] == "layer"]
     assert ratios == [0, 1]
+    shares, retrieves = (each for each in data["rows"] if each["kind"] == "layer")
+    # 2 rows: sets of as many positions as were kept, indices with them; 96 keys and scores in a scan
+    moved = 2 * shares["values"]["mean_kept"] * (2 * 64 * 2 + 4)
+    assert shares["num_bytes"] == int(moved)
+    assert retrieves["num_bytes"] == int(moved) + 2 * 96 * (64 * 2 + 4)
     del data["rows"][0]
     path.write_text(json.dumps(changed))
     assert "rows are done" in toy_run("operator", path).stderr

@@ -58,7 +58,7 @@ class Case:
     """`prepare` checks the result against the reference and gives the calls to time, which do the same work.
 
     num_bytes: the byte floor, 0 where there is none. before: runs untimed before every replay. values:
-    further figures of the row, asked for after the timing.
+    further figures of the row, asked for after the timing; a `num_bytes` among them replaces the planned one.
     """
 
     name: str
@@ -96,7 +96,9 @@ def run(case: Case, problem: Problem, device: str, needed: str = "") -> Row:
     row = Row(problem, case.name, case.kind, case.num_bytes, note=case.note)
     try:
         timing = measure(case.prepare(), device, before=case.before)
-        return dataclasses.replace(row, timing=timing, values=case.values())
+        values = case.values()
+        num_bytes = int(values.pop("num_bytes", case.num_bytes))
+        return dataclasses.replace(row, timing=timing, num_bytes=num_bytes, values=values)
     except Exception as error:  # the report says what failed
         return failure(row, error, needed)
 

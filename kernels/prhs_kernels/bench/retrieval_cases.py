@@ -92,8 +92,10 @@ class Retrieval:
 
     def values(self) -> dict[str, float]:
         """What the row says besides its time."""
-        kept = float(self.counts.double().mean())
-        return {"retrieval_ratio": self.retrieved() / self.inputs.problem.rows, "mean_kept": kept}
+        p, item = self.inputs.problem, self.inputs.item
+        kept, ratio = float(self.counts.double().mean()), self.retrieved() / p.rows
+        moved = p.rows * kept * (2 * p.head_dim * item + 4) + ratio * scan_bytes(self.inputs)
+        return {"retrieval_ratio": ratio, "mean_kept": kept, "num_bytes": moved}
 
     def fill_work_list(self) -> None:
         """Put every row on it; the stages after the gate leave it as it is, so they can be timed alone."""
