@@ -1,7 +1,7 @@
 """Launch shapes per architecture: the only numbers that were found by measuring, all in one place.
 
 Each entry compiles without stack or local memory (docs/benchmarks/compile.json). Those of sm_90 were timed on
-an H200 (docs/benchmarks/h200-operators.json); sm_80 and sm_100 have not been timed and take the same.
+an H200 (docs/benchmarks/h200-operators.json); sm_80 and sm_100 have not been timed and take nearly the same.
 """
 
 from __future__ import annotations
@@ -41,7 +41,15 @@ _SM90 = {
     ("scan int4", 16, 256): Tile(64, 4, 4, per_sm=4),
     ("scan int4", 32, 256): Tile(16, 8, 2, per_sm=4),
 }
-_TABLES = {80: _SM90, 90: _SM90, 100: _SM90}
+# where the entries above would take a few bytes of the stack
+_SM100 = {
+    **_SM90,
+    ("sparse_decode", 32, 64): Tile(16, 8, 2),
+    ("sparse_decode", 32, 128): Tile(16, 4, 2),
+    ("scan fp8", 16, 128): Tile(32, 4, 4, per_sm=4),
+    ("scan int4", 16, 80): Tile(32, 4, 4, per_sm=4),
+}
+_TABLES = {80: _SM90, 90: _SM90, 100: _SM100}
 
 
 @functools.cache
