@@ -36,8 +36,10 @@ format: $(INSTALLED) ## rewrite the formatting
 docs: $(INSTALLED) ## write docs/cli.md from the command line itself
 	$(BIN)/python -m prhs_cli.manual docs/cli.md
 
-bench: ## not there yet
-	@echo 'make bench: there are no benchmarks yet; they come with the GPU kernels' >&2; exit 2
+bench: $(INSTALLED) ## on a GPU: every operator right? then one layer, then whole decode steps; at most 25 minutes
+	$(BIN)/python -W ignore -m prhs_kernels.bench.gpu_check --seconds 500
+	$(BIN)/prhs bench operator --seconds 500
+	$(BIN)/prhs bench decode --seconds 500
 
 compile-all: $(INSTALLED) ## compile every kernel for sm_80, sm_90, sm_100; registers and shared memory
 	PYTHONPATH=kernels $(BIN)/python -W ignore -m prhs_kernels.bench.compile --json docs/benchmarks/compile.json
