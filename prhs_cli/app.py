@@ -83,7 +83,8 @@ def run(arguments: Sequence[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for programmers
     # torch's threads spin where they wait: on a machine that also does something else that costs a factor
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # some 10 us: none costs a third of the speed of an idle machine
+    # but sleeping at once costs a third of the speed where nothing else runs: spin for some 10 us
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="prhs", standalone_mode=False)
