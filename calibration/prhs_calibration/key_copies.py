@@ -19,7 +19,7 @@ from prhs_kernels.runtime.attention import LayerObservation
 from prhs_kernels.selectors.cis import scan_scores
 
 AUTO = "auto"
-# fp8 codes need sm_89 to be fast and are as large as int8 ones: only when asked for by name
+# fp8 codes are as large as int8 ones and their scan is slower than an exact one: only when asked for by name
 AUTO_KINDS = (KeyCopyKind.EXACT, KeyCopyKind.INT8, KeyCopyKind.INT4)
 SAMPLE_EVERY = 4  # decode steps
 
