@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 
     from prhs_calibration.operating_point import OperatingPoint
     from prhs_kernels.bench.session import Record
+    from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 
 Number = TypeVar("Number", int, float)
 CONTEXT = 32768
 APPLIES = {
     "operator": ("kept", "retrieval", "bundle", "tune"),
-    "decode": ("kept", "retrieval", "bundle"),
+    "decode": ("kept", "retrieval", "key_copies", "bundle"),
     "prefill": ("fractions",),
 }
 Derive = Callable[["list[Record]", str], "list[Record]"]
+OPTIONS = {"key_copies": "--key-copy"}  # whose field has another name
 DEFAULT_GRID = {"shapes": ("llama-3-8b",), "batches": (8,), "contexts": (CONTEXT,), "kept": (1024,)}
 
 
@@ -43,15 +45,17 @@ class Request:
     kept: tuple[float, ...] | None = None
     retrieval: tuple[float, ...] | None = None
     fractions: tuple[float, ...] | None = None
+    key_copies: tuple[str, ...] | None = None
     bundle: Path | None = None
     tune: bool = False
 
     def __post_init__(self) -> None:
         from prhs_kernels.errors import UsageError
 
-        for name in ("kept", "retrieval", "fractions", "bundle", "tune"):
+        for name in ("kept", "retrieval", "fractions", "key_copies", "bundle", "tune"):
             if getattr(self, name) and name not in APPLIES[self.what]:
-                raise UsageError(f"--{name} has no meaning in prhs bench {self.what}")
+                option = OPTIONS.get(name, f"--{name}")
+                raise UsageError(f"{option} has no meaning in prhs bench {self.what}")
 
     @property
     def module(self) -> ModuleType:
@@ -64,9 +68,11 @@ class Request:
         """Points of the grid with the ratios; UsageError or InputError for what cannot be meant."""
         prefill = self.what == "prefill"
         kept, ratios = self.kept, self.fractions if prefill else self.retrieval
+        copies = self.key_copies
         if self.bundle is not None:
             found = self._calibrated()
             kept, ratios = kept or (found.kept,), ratios or (found.retrieval_ratio,)
+            copies = copies or ((found.key_copy,) if "key_copies" in APPLIES[self.what] else None)
         asked: dict[str, Any] = {
             "shapes": self.shapes, "batches": self.batches, "contexts": self.contexts, "kept": kept
         }  # fmt: skip
@@ -80,7 +86,9 @@ class Request:
             points = shapes.grid(**grid)
         else:
             points = self.module.default_points()
-        more = {"tune": True} if self.tune else {}
+        more: dict[str, Any] = {"tune": True} if self.tune else {}
+        if copies:
+            more["key_copies"] = _kinds(copies)
         return self.module.Plan(points, tuple(ratios or self.module.RATIOS), **more)
 
     def _calibrated(self) -> OperatingPoint:
@@ -89,6 +97,18 @@ class Request:
 
         assert self.bundle is not None
         return operating_point(Bundle.load(self.bundle), max(self.contexts or (CONTEXT,)))
+
+
+def _kinds(names: tuple[str, ...]) -> tuple[KeyCopyKind, ...]:
+    """Kinds of scanned keys by name, each once."""
+    from prhs_kernels.errors import UsageError
+    from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
+
+    known = [kind.value for kind in KeyCopyKind]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"key copy {name!r} is not known; choose from {', '.join(known)}")
+    return tuple(KeyCopyKind(name) for name in dict.fromkeys(names))
 
 
 def estimate(request: Request, dtype: str) -> tuple[dict[str, Any], list[RenderableType | str]]:

@@ -11,10 +11,11 @@ from prhs_kernels.errors import InputError
 @dataclasses.dataclass(frozen=True)
 class OperatingPoint:
     """Means over layers and KV heads. kept: fraction of the visible positions that a set holds;
-    retrieval_ratio: fraction of the rows that choose a new set in a step."""
+    retrieval_ratio: fraction of the rows that choose a new set in a step; key_copy: what those scan."""
 
     kept: float
     retrieval_ratio: float
+    key_copy: str
 
 
 def operating_point(bundle: Bundle, context: int) -> OperatingPoint:
@@ -38,4 +39,4 @@ def operating_point(bundle: Bundle, context: int) -> OperatingPoint:
     kept = (nominal + (params.num_sinks + params.num_local) / context).clamp(max=1)
     predicted = float(cost[bundle.metadata.dial_index])
     ratio = 2 * (predicted - float(kept.mean())) / params.scan_row
-    return OperatingPoint(float(kept.mean()), min(1.0, max(0.0, ratio)))
+    return OperatingPoint(float(kept.mean()), min(1.0, max(0.0, ratio)), params.key_copy.value)

@@ -63,13 +63,22 @@ def command(
             show_default=False,
         ),
     ] = None,
+    key_copy: Annotated[
+        str | None,
+        typer.Option(
+            "--key-copy",
+            metavar="A,B,…",
+            help="Decode: what retrievals scan: exact, int8, fp8, int4.",
+            show_default=False,
+        ),
+    ] = None,
     bundle: Annotated[
         Path | None,
         typer.Option(
             "--bundle",
             "-b",
             metavar="BUNDLE",
-            help="Take kept fraction and ρ from this bundle.",
+            help="Take kept fraction, ρ and key copy from this bundle.",
             show_default=False,
         ),
     ] = None,
@@ -104,6 +113,7 @@ def command(
         kept=benchmarks.numbers(kept, benchmarks.fraction, "--kept", "1024,1/8"),
         retrieval=benchmarks.numbers(retrieval, benchmarks.fraction, "--retrieval", "0,1/16,1"),
         fractions=benchmarks.numbers(fractions, benchmarks.fraction, "--fractions", "0.25,1/2"),
+        key_copies=tuple(options.split_list(key_copy)) if key_copy else None,
         bundle=bundle,
         tune=tune,
     )

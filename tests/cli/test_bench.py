@@ -146,12 +146,18 @@ def test_dry_run(prhs: Prhs, monkeypatch: pytest.MonkeyPatch, own_data_folder: P
         (["--fractions", "0.5"], 2, "no meaning in prhs bench operator"),
         (["--retrieval", "-1"], 2, "such as 0,1/16,1"),
         (["--dtype", "int3"], 2, "not one of auto"),
+        (["--key-copy", "int4"], 2, "--key-copy has no meaning in prhs bench operator"),
         (["--bundle", "/absent.safetensors"], 3, "/absent.safetensors"),
     ],
 )
 def test_bad_input(prhs: Prhs, arguments: list[str], code: int, words: str) -> None:
     done = prhs("bench", "operator", "--dry-run", *arguments)
     assert done.code == code and words in done.error
+
+
+def test_an_unknown_key_copy(prhs: Prhs) -> None:
+    done = prhs("bench", "decode", "--dry-run", "--key-copy", "int3")
+    assert done.code == 2 and "choose from exact, int8, fp8, int4" in done.error
 
 
 def test_other_result_is_not_overwritten(prhs: Prhs, benchmark: Benchmark, tmp_path: Path) -> None:
@@ -181,6 +187,8 @@ def test_bundle_gives_kept_and_ratio(prhs: Prhs, monkeypatch: pytest.MonkeyPatch
     cost = float(bundle.tensors["profile/predicted_cost"][bundle.metadata.dial_index])
     assert found.kept + found.retrieval_ratio * bundle.params().scan_row / 2 == pytest.approx(cost)
     assert plan.ratios == (found.retrieval_ratio,) and plan.points[0].kept == round(found.kept * 4096)
+    decode = benchmarks.Request("decode", contexts=(4096,), bundle=path).plan(toy=False)
+    assert [kind.value for kind in decode.key_copies] == [found.key_copy] == [bundle.metadata.key_copy]
 
 
 def test_plot_without_a_result_says_what_to_run(prhs: Prhs, tmp_path: Path) -> None:
@@ -229,11 +237,11 @@ def test_operator_at_toy_size(tmp_path: Path) -> None:
 
 @needs_triton
 def test_decode_at_toy_size(tmp_path: Path) -> None:
-    done = toy_run("decode", tmp_path / "r.json", "--retrieval", "0,1/2")
+    done = toy_run("decode", tmp_path / "r.json", "--retrieval", "0,1/2", "--key-copy", "exact,int4")
     assert "time to first token" in done.stdout
     rows = {each["case"]: each for each in stored(tmp_path / "r.json")["data"]["rows"]}
     assert all(each["status"] == "ok" and each["timing"] for each in rows.values())
-    assert len(rows) == 7
+    assert len(rows) == 8
     half, dense = rows["sparse, ρ = 0.5"], rows["dense_decode"]
     assert half["values"]["retrieval_ratio"] == 0.5 and dense["values"]["attended_fraction"] == 1
     kept = half["values"]["attended_fraction"]
@@ -241,6 +249,9 @@ def test_decode_at_toy_size(tmp_path: Path) -> None:
     # half of the units scan all keys, which are half of the bytes
     read = half["values"]["kv_read_bytes"] / dense["values"]["kv_read_bytes"]
     assert kept + 0.2 < read < kept + 0.3
+    # a copy of 36 bytes per position stands for the 128 of exact keys
+    copied = rows["sparse, ρ = 0.5, int4 keys"]["values"]["kv_read_bytes"] / dense["values"]["kv_read_bytes"]
+    assert read - copied == pytest.approx((1 - 36 / 128) / 4, abs=0.02)
 
 
 @needs_triton

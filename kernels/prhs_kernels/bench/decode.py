@@ -16,6 +16,7 @@ from prhs_kernels.bench.models import random_model
 from prhs_kernels.bench.report import Table, derive, fastest_dense, notes, place, ratio
 from prhs_kernels.bench.session import Record, Session, free_bytes
 from prhs_kernels.bench.shapes import TOY, Point, check_ratios, find
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 
 __all__ = ["RATIOS", "Plan", "cost", "default_points", "derive", "measure", "tables", "toy_points"]
 
@@ -24,10 +25,12 @@ RATIOS = (0.0, 1 / 16, 1 / 8)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Every point with every retrieval ratio, and the dense rivals of every point."""
+    """Every point with every retrieval ratio and every kind of scanned keys, and the dense rivals of every
+    point."""
 
     points: tuple[Point, ...]
     ratios: tuple[float, ...]
+    key_copies: tuple[KeyCopyKind, ...] = (KeyCopyKind.EXACT,)
 
     def __post_init__(self) -> None:
         check_ratios(self.ratios)
@@ -48,7 +51,7 @@ def toy_points() -> tuple[Point, ...]:
 def measure(plan: Plan, session: Session, device: str, dtype: torch.dtype) -> bool:
     """Run what the session does not have yet; False if it ran out of time before the end."""
     rate = timing.copy_bytes(device) / timing.copy_time(device).p50
-    work = [(point, case) for point in plan.points for case in cases(point, plan.ratios)]
+    work = [(point, case) for point in plan.points for case in cases(point, plan.ratios, plan.key_copies)]
     subject: Subject | None = None
     for done, (point, case) in enumerate(work):
         problem = Problem.of(point)
@@ -134,7 +137,7 @@ def cost(plan: Plan, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Estimate per point, without touching a device: cases, seconds, peak GiB."""
     found = []
     for point in plan.points:
-        shape, count = point.shape, len(list(cases(point, plan.ratios)))
+        shape, count = point.shape, len(list(cases(point, plan.ratios, plan.key_copies)))
         read = shape.parameters_read * dtype.itemsize
         read += shape.kv_bytes(point.batch, point.context, dtype.itemsize)
         # building, checking and capturing take seconds; the first token about 400 TFLOP/s

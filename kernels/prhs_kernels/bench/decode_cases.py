@@ -19,6 +19,7 @@ from prhs_kernels.bench.models import CHECK_POSITIONS, check_model, check_step
 from prhs_kernels.bench.retrieval_cases import spread
 from prhs_kernels.bench.shapes import TOY, ModelShape, Point
 from prhs_kernels.bench.timing import Timing
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.params import Gate, SelectorParams, TimeParams
 from prhs_kernels.runtime.attach import dense_params
 from prhs_kernels.runtime.engine import DecodeEngine
@@ -63,10 +64,13 @@ class Case:
     run: Callable[[Subject], Figures]
 
 
-def cases(point: Point, ratios: Sequence[float]) -> Iterator[Case]:
-    """Most important first."""
+def cases(point: Point, ratios: Sequence[float], kinds: Sequence[KeyCopyKind]) -> Iterator[Case]:
+    """Most important first. Where nobody retrieves, no keys are scanned: then one kind is enough."""
     for share in dict.fromkeys(_share(point.shape, each) for each in ratios):
-        yield Case(f"sparse, ρ = {share:.3g}", "sparse", functools.partial(_sparse, share))
+        for kind in kinds if share else kinds[:1]:
+            name = f"sparse, ρ = {share:.3g}"
+            name += f", {kind.value} keys" if kind != KeyCopyKind.EXACT else ""
+            yield Case(name, "sparse", functools.partial(_sparse, share, kind))
     yield Case("dense_decode", "dense", _dense)
     backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
     if point.shape == TOY:
@@ -84,9 +88,11 @@ def _share(shape: ModelShape, ratio: float) -> float:
     return round(ratio * units) / units
 
 
-def sparse_params(model: PreTrainedModel, kept: int, share: float) -> SelectorParams:
-    """Sets of about `kept` positions; this share of the (layer, KV head) units retrieves in every step, the
-    others share for as long as a case runs."""
+def sparse_params(
+    model: PreTrainedModel, kept: int, share: float, kind: KeyCopyKind = KeyCopyKind.EXACT
+) -> SelectorParams:
+    """Sets of about `kept` positions; this share of the (layer, KV head) units retrieves in every step, from
+    keys of this kind, the others share for as long as a case runs."""
     params = dense_params(model.config)
     shape = params.num_layers, params.num_kv_heads
     never = spread(shape[0] * shape[1], round(share * shape[0] * shape[1])).view(shape)
@@ -100,15 +106,15 @@ def sparse_params(model: PreTrainedModel, kept: int, share: float) -> SelectorPa
         block=torch.full(shape, BLOCK, dtype=torch.int32),
         dilation=torch.ones(shape, dtype=torch.int32),
     )
-    return dataclasses.replace(params, num_sinks=SINKS, num_local=LOCAL, time=time_params)
+    return dataclasses.replace(params, num_sinks=SINKS, num_local=LOCAL, time=time_params, key_copy=kind)
 
 
-def _sparse(share: float, subject: Subject) -> Figures:
+def _sparse(share: float, kind: KeyCopyKind, subject: Subject) -> Figures:
     model, kept = subject.model, subject.point.kept
     small = check_model(subject.point.shape, subject.dtype, subject.device)
-    keep_all = sparse_params(small, 4 * CHECK_POSITIONS, share)
+    keep_all = sparse_params(small, 4 * CHECK_POSITIONS, share, kind)
     _check(DecodeEngine(small, keep_all, **_small_settings()), small)
-    engine = DecodeEngine(model, sparse_params(model, kept, share), **subject.settings)
+    engine = DecodeEngine(model, sparse_params(model, kept, share, kind), **subject.settings)
     spent, num_bytes, values = _time(engine, subject)
     found = values["retrieval_ratio"]
     assert abs(found - share) < 1e-6, f"{found:.4f} of the units retrieved instead of {share:.4f}"
