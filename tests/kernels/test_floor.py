@@ -84,8 +84,8 @@ def test_largest_fitting() -> None:
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = RunShape(32, 32, 8, 128, 2, 32, 0)
-    needed = lambda batch, length: engine_bytes(shape, batch, length, 1100)  # noqa: E731
+    shape = RunShape.of(C_1024, [None] * 32, torch.bfloat16)
+    needed = lambda batch, length: engine_bytes(shape, batch, length)  # noqa: E731
     check_fits(needed, 16, 32768, None)
     check_fits(needed, 16, 32768, needed(16, 32768))
     with pytest.raises(ResourceError) as caught:

@@ -1,13 +1,14 @@
-"""Counting what a decode run drops while it runs; what the counts say is `runtime/audit.py`."""
+"""Counting what a decode run drops, in either loop; what the counts say is `runtime/audit.py`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from prhs_kernels.errors import UsageError
+from prhs_kernels.ops.audit.state import LayerAudit
 from prhs_kernels.runtime.audit import Audit
 
 
@@ -76,3 +77,19 @@ def merged(audits: Sequence[Audit]) -> Audit:
     names = [field.name for field in dataclasses.fields(Audit) if field.name != "probability"]
     sums = {name: sum(getattr(audit, name) for audit in audits) for name in names}
     return Audit(**sums, probability=audits[0].probability)
+
+
+def totals(layers: Iterable[LayerAudit], dense_units: float, probability: float) -> Audit:
+    """What the decode engine's layers counted on the device; waits for it.
+
+    dense_units: of the layers without sets, which drop nothing: they are exact.
+    """
+    found = [layer.totals() for layer in layers]
+    return Audit(
+        exact_units=dense_units + sum(layer.exact_units for layer in found),
+        exact_mass=sum(layer.exact_mass for layer in found),
+        other_units=sum(layer.other_units for layer in found),
+        audited_units=sum(layer.audited_units for layer in found),
+        audited_mass=sum(layer.audited_mass for layer in found),
+        probability=probability,
+    )

@@ -17,16 +17,11 @@ from prhs_kernels.runtime.audit import Audit
 from prhs_kernels.runtime.auditing import Auditor
 from prhs_kernels.runtime.cache import PrhsCache
 from prhs_kernels.runtime.distributed import launched
-from prhs_kernels.runtime.engine import (
-    Attention,
-    DecodeEngine,
-    Mode,
-    engine_unsupported,
-    sliding_windows,
-)
+from prhs_kernels.runtime.engine import Attention, DecodeEngine, Mode
 from prhs_kernels.runtime.floor import memory_bandwidth, step_floor
 from prhs_kernels.runtime.sampling import Sampler, Sampling
 from prhs_kernels.runtime.stats import DecodeStats
+from prhs_kernels.runtime.support import engine_unsupported, sliding_windows
 from prhs_kernels.selectors.base import StepSelector
 
 AUDIT_SEED = 20_260_209  # of the audit's coin: nothing of a request, so that no one can tune it

@@ -5,65 +5,31 @@ The same step runs without a graph, on a CPU too: with the reference operators, 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from prhs_kernels.errors import UnsupportedModelError, UsageError
-from prhs_kernels.ops.backend import HEAD_DIMS, KERNEL_DTYPES, MAX_GROUP, Backend, use_triton
-from prhs_kernels.ops.retrieve.state import MAX_DILATION
+from prhs_kernels.ops.backend import Backend, use_triton
 from prhs_kernels.ops.step_plan.api import PlanRule, StepPlan, step_plan
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import check_params, check_supported, dense_params, sparse_attention
 from prhs_kernels.runtime.audit import Audit
-from prhs_kernels.runtime.decoder_step import DecoderStep, unsupported
-from prhs_kernels.runtime.distributed import num_ranks
-from prhs_kernels.runtime.index_sets import AuditCoin, IndexSets, selecting_layers, set_capacity
+from prhs_kernels.runtime.auditing import totals
+from prhs_kernels.runtime.capture import capture
+from prhs_kernels.runtime.decoder_step import DecoderStep
+from prhs_kernels.runtime.index_sets import AuditCoin, IndexSets
 from prhs_kernels.runtime.memory import RunShape, check_fits, engine_bytes, free_bytes
-from prhs_kernels.runtime.sampling import Sampling, draw
+from prhs_kernels.runtime.progress import Progress
+from prhs_kernels.runtime.sampling import Sampling
 from prhs_kernels.runtime.static_cache import StaticCache
 from prhs_kernels.runtime.stats import DecodeStats
 from prhs_kernels.runtime.step_stats import StepCounter
+from prhs_kernels.runtime.support import engine_unsupported, sliding_windows
 
 Attention = Literal["sparse", "dense"]
 Mode = Literal["audited", "released"]
-
-
-def engine_unsupported(
-    model: PreTrainedModel, params: SelectorParams, backend: Backend = "reference"
-) -> str | None:
-    """Why this run needs the reference loop, in a few words, or None; backend `reference` or `triton`."""
-    time, ranks = params.time, num_ranks(model)
-    if ranks > 1:
-        return f"the model is split over {ranks} ranks"
-    if backend == "triton":
-        if params.head_dim not in HEAD_DIMS:
-            return f"head_dim = {params.head_dim} has no kernel"
-        if params.group_size > MAX_GROUP:
-            return f"{params.group_size} query heads per KV head are more than {MAX_GROUP}"
-        if model.dtype not in KERNEL_DTYPES:
-            return f"{model.dtype} has no kernel"
-    if time is not None and not time.reanchor:
-        return "reanchor = False keeps two sets per head"
-    if time is not None and int(time.dilation.max()) > MAX_DILATION:
-        return f"more than {MAX_DILATION} neighbours on either side"
-    return unsupported(model)
-
-
-@dataclasses.dataclass
-class _Progress:
-    """What a step changes besides the cache and the sets: all on the device.
-
-    slot: `[1]` int64, cache slot of the next token. token: `[batch]` int64, that token. alive: `[batch]`
-    bool, no stop token yet. drawn: `[1]` int64, tokens sampled so far.
-    """
-
-    slot: torch.Tensor
-    token: torch.Tensor
-    alive: torch.Tensor
-    drawn: torch.Tensor
 
 
 class DecodeEngine:
@@ -140,20 +106,8 @@ class DecodeEngine:
 
     def needed_bytes(self, batch: int, max_len: int) -> int:
         """Bytes of cache, sets and scratch of this model's run at another size, in audited mode."""
-        params, time = self.params, self.params.time
-        selecting = 0 if time is None else len(selecting_layers(time))
-        capacity = set_capacity(params, sliding_windows(self.model), max_len) if selecting else 0
-        copied = self.params.key_copy.scan_bytes(params.head_dim, 0) if selecting else 0
-        shape = RunShape(
-            params.num_layers,
-            params.num_qo_heads,
-            params.num_kv_heads,
-            params.head_dim,
-            self.dtype.itemsize,
-            selecting,
-            copied,
-        )
-        return engine_bytes(shape, batch, max_len, capacity)
+        shape = RunShape.of(self.params, sliding_windows(self.model), self.dtype)
+        return engine_bytes(shape, batch, max_len)
 
     def _allocate(self) -> None:
         params, batch = self.params, self.batch_size
@@ -161,16 +115,7 @@ class DecodeEngine:
         self._step: Any = DecoderStep(self.model, self.max_len, self.backend)
         self.cache: Any = StaticCache()
         self.plan_rule = PlanRule.create(params, windows, batch, self.device)
-        self._progress = _Progress(
-            slot=torch.zeros(1, dtype=torch.long, device=self.device),
-            token=torch.zeros(batch, dtype=torch.long, device=self.device),
-            alive=torch.ones(batch, dtype=torch.bool, device=self.device),
-            drawn=torch.zeros(1, dtype=torch.long, device=self.device),
-        )
-        self._stop_ids = torch.tensor(self._stops, dtype=torch.long, device=self.device)
-        self._uniforms: torch.Tensor | None = None
-        if not self.sampling.greedy:
-            self._uniforms = self.sampling.uniforms(self._draws, batch).to(self.device)
+        self._progress = Progress.allocate(batch, self.sampling, self._draws, self._stops, self.device)
         self._graph: Any = None
         self.logits: Any = None
         self.length = 0  # slots in use, as the host counts them
@@ -237,8 +182,7 @@ class DecodeEngine:
         """Begin decoding behind `length` slots: nothing chosen, nothing counted, nothing drawn."""
         self.length = length
         self._progress.slot.fill_(length)
-        self._progress.alive.fill_(True)
-        self._progress.drawn.zero_()
+        self._progress.restart()
         self.plan_rule.padding.copy_(padding)
         self.plan_rule.shift.zero_()
         self.sets.reset()
@@ -268,8 +212,7 @@ class DecodeEngine:
             raise UsageError(f"the cache of {self.max_len} slots is full")
         if tokens is not None:
             self._progress.token.copy_(tokens)
-            self._progress.alive.fill_(True)
-            self._progress.drawn.zero_()
+            self._progress.restart()
         if self.use_graph:
             if self._graph is None:
                 self.capture()
@@ -282,7 +225,7 @@ class DecodeEngine:
     @torch.inference_mode()
     def start(self, logits: torch.Tensor) -> torch.Tensor:
         """Draw the first token of every sequence from the logits of the prefill; `[batch]` int64."""
-        self._sample(logits)
+        self._progress.draw(logits)
         return self._progress.token
 
     def _run(self) -> None:
@@ -294,18 +237,8 @@ class DecodeEngine:
         self.logits = logits  # the last one recorded is the graph's
         self._counter.end(plan, now.alive)
         self.sets.advance()
-        self._sample(logits)
+        now.draw(logits)
         now.slot.add_(1)
-
-    def _sample(self, logits: torch.Tensor) -> None:
-        now = self._progress
-        uniforms = now.slot if self._uniforms is None else self._uniforms.index_select(0, now.drawn)[0]
-        token = draw(logits, self.sampling, uniforms)
-        now.token.copy_(token)
-        now.drawn.add_(1).clamp_(max=self._draws - 1)
-        if self._stops:
-            stopped = (token[:, None] == self._stop_ids).any(dim=-1)
-            now.alive.logical_and_(~stopped)
 
     def _attend(
         self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, key: torch.Tensor, plan: StepPlan
@@ -321,28 +254,9 @@ class DecodeEngine:
     def capture(self) -> None:
         """Record the step into a CUDA graph; what the warm-up changed is put back."""
         self._check_open()
-        before = [tensor.clone() for tensor in self._changing()]
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(2):  # compiles kernels, lets cuBLAS choose and allocate
-                self._run()
-                self._put_back(before)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._run()
-        self._put_back(before)
-        self._graph = graph
-
-    def _changing(self) -> list[torch.Tensor]:
-        """Every tensor that a step writes, but the cache, whose new slots are not read before written."""
-        tensors = [getattr(self._progress, field.name) for field in dataclasses.fields(_Progress)]
-        return [*tensors, self._counter.totals, *self.sets.changing()]
-
-    def _put_back(self, before: list[torch.Tensor]) -> None:
-        for tensor, saved in zip(self._changing(), before, strict=True):
-            tensor.copy_(saved)
+        # not the cache: its new slots are not read before they are written
+        changing = [*self._progress.changing(), self._counter.totals, *self.sets.changing()]
+        self._graph = capture(self._run, changing, self.device)
 
     @torch.inference_mode()
     def stats(self) -> DecodeStats:
@@ -363,15 +277,7 @@ class DecodeEngine:
         if self._audit is None:
             return None
         exact_units = self._counter.units_without(self.sets)
-        totals = [audit.totals() for audit in self.sets.audits.values()]
-        return Audit(
-            exact_units=exact_units + sum(layer.exact_units for layer in totals),
-            exact_mass=sum(layer.exact_mass for layer in totals),
-            other_units=sum(layer.other_units for layer in totals),
-            audited_units=sum(layer.audited_units for layer in totals),
-            audited_mass=sum(layer.audited_mass for layer in totals),
-            probability=self._audit[0],
-        )
+        return totals(self.sets.audits.values(), exact_units, self._audit[0])
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -391,12 +297,3 @@ class DecodeEngine:
     def _check_open(self) -> None:
         if not self._open:
             raise UsageError("the decode engine works inside its with block only")
-
-
-def sliding_windows(model: PreTrainedModel) -> list[int | None]:
-    """The model's own window of every layer, in positions."""
-    config: Any = model.config
-    decoder: Any = model.base_model
-    if config.model_type == "mistral":  # kept in the config; Qwen keeps it per layer in the module
-        return [config.sliding_window] * config.num_hidden_layers
-    return [getattr(layer.self_attn, "sliding_window", None) for layer in decoder.layers]

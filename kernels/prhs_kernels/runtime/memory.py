@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 
 from prhs_kernels.errors import ResourceError
+from prhs_kernels.params import SelectorParams
+from prhs_kernels.runtime.index_sets import selecting_layers, set_capacity
 
 GIB = 2**30  # bytes
 SLACK = 2**28  # bytes: the workspace of the matrix library, logits, the graph's own memory
@@ -24,9 +27,25 @@ class RunShape:
     itemsize: int
     selecting: int  # layers that choose sets
     copied: int  # bytes of a key's low-bit copy, 0 without one
+    capacity: Callable[[int], int]  # indices of a set in a cache of so many slots
+
+    @classmethod
+    def of(cls, params: SelectorParams, windows: list[int | None], dtype: torch.dtype) -> RunShape:
+        """Of a model with these parameters; windows: its own sliding window of every layer."""
+        selecting = 0 if params.time is None else len(selecting_layers(params.time))
+        return cls(
+            params.num_layers,
+            params.num_qo_heads,
+            params.num_kv_heads,
+            params.head_dim,
+            dtype.itemsize,
+            selecting,
+            params.key_copy.scan_bytes(params.head_dim, 0) if selecting else 0,
+            functools.partial(set_capacity, params, windows),
+        )
 
 
-def engine_bytes(shape: RunShape, batch: int, max_len: int, capacity: int) -> int:
+def engine_bytes(shape: RunShape, batch: int, max_len: int) -> int:
     """Bytes of cache, index sets and scratch of a decode engine, nothing released."""
     rows = batch * shape.num_kv_heads
     cache = 2 * shape.num_layers * rows * max_len * shape.head_dim * shape.itemsize
@@ -35,7 +54,7 @@ def engine_bytes(shape: RunShape, batch: int, max_len: int, capacity: int) -> in
         return cache + tables + SLACK
     group = shape.num_qo_heads // shape.num_kv_heads
     anchors = group * shape.head_dim * shape.itemsize
-    sets = shape.selecting * rows * (4 * capacity + anchors + max_len * shape.copied)
+    sets = shape.selecting * rows * (4 * shape.capacity(max_len) + anchors + max_len * shape.copied)
     scratch = rows * max_len * (4 * group + 4 + 1)  # scores, weights, bit masks
     return cache + tables + sets + scratch + SLACK
 
