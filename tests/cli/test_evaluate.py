@@ -69,7 +69,7 @@ def test_published_budgets_are_rows_of_their_own(prhs: Prhs, workplace: Workplac
     done = prhs("evaluate", *tasks, "--model", workplace.model, "-o", tmp_path / "r.json", *arguments)
     assert done.code == 0 and "20 %" in done.out and "1024" in done.out
     rows = json.loads((tmp_path / "r.json").read_text())["data"]["rows"]
-    names = ["dense", "h2o@0.25", "h2o@20 %", "snapkv@0.25", "snapkv@1024"]
+    names = ["dense", "h2o@0.25", "h2o@20 % of the prompt", "snapkv@0.25", "snapkv@1024"]
     assert [row["point"] for row in rows] == names
     assert [row["matched"] is None for row in rows] == [True, False, True, False, True]
     figure = drawn(tmp_path / "r.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -168,8 +169,8 @@ def naive_snapkv(model: Model, size: int) -> Sets:
     return found
 
 
-def naive_double_sparse(model: Model, size: int) -> Sets:
-    """Labels are 2 of 8 channels, found on two other sequences."""
+def naive_double_sparse(model: Model, size: int, four_bits: bool = False) -> Sets:
+    """Labels are 2 of 8 channels, found on two other sequences; 4 bits are the whole numbers from -7 to 7."""
     found: Sets = []
     for layer in range(LAYERS):
         found.append([])
@@ -186,6 +187,9 @@ def naive_double_sparse(model: Model, size: int) -> Sets:
             for position in range(PROMPT, PROMPT + STEPS):
                 seen = visible_at(model, position)
                 keys = model.keys[layer, head, seen][:, labels]
+                if four_bits:
+                    step_of = keys.float().abs().amax(-1, keepdim=True) / 7
+                    keys = ((keys.float() / step_of).round() * step_of).double()
                 queries = model.query[layer, head * GROUP : (head + 1) * GROUP, position][:, labels]
                 mass = (queries @ keys.T).softmax(-1).mean(0).tolist()
                 steps.append(best(dict(zip(seen, mass, strict=True)), size))
@@ -332,6 +336,7 @@ METHODS: dict[str, Baseline] = {
     "h2o": H2O(),
     "snapkv": SnapKV(window=4, kernel=3),
     "double-sparse": DoubleSparse().fitted(SAMPLES),
+    "double-sparse in 4 bits": DoubleSparse(four_bits=True).fitted(SAMPLES),
     "twilight": Twilight(p=0.7),
     "kascade": Kascade().fitted(SAMPLES),
     "tidal-decode": TidalDecode(full=0).fitted(SAMPLES),
@@ -341,6 +346,7 @@ NAIVE: dict[str, Callable[[Model, int], Sets]] = {
     "h2o": naive_h2o,
     "snapkv": naive_snapkv,
     "double-sparse": naive_double_sparse,
+    "double-sparse in 4 bits": functools.partial(naive_double_sparse, four_bits=True),
     "twilight": naive_twilight,
     "kascade": naive_kascade,
     "tidal-decode": naive_tidal,
@@ -439,6 +445,7 @@ class SnapKVWithoutPooling(SnapKV):
         ("snapkv", SnapKV(window=8, kernel=3)),
         ("double-sparse", DoubleSparse().fitted([SAMPLES[0][::-1]])),
         ("double-sparse", dataclasses.replace(fitted("double-sparse"), share=3 / 8)),
+        ("double-sparse in 4 bits", fitted("double-sparse")),
         ("twilight", Twilight(p=0.72)),
         ("twilight", TwilightOnExactKeys(p=0.7)),
         ("kascade", dataclasses.replace(fitted("kascade"), heads=((0, 1),) * LAYERS)),
@@ -477,8 +484,12 @@ def test_bytes_of_methods_that_score_nothing() -> None:
 
 def test_bytes_of_methods_that_score() -> None:
     model, seen = Model.random(1), torch.arange(PROMPT + 1, PROMPT + STEPS + 1)
-    # 2 of 8 channels are a quarter of a row; 8 times 4 bits and a scale of 4 bytes half of one of 16 bits
-    for name, per_key in (("double-sparse", 0.25), ("twilight", 0.5)):
+    # of a row of 16 bytes: 2 of 8 channels; 2 times 4 bits and a scale of 4 bytes; 8 times 4 bits and a scale
+    for name, per_key in (
+        ("double-sparse", 4 / 16),
+        ("double-sparse in 4 bits", 5 / 16),
+        ("twilight", 8 / 16),
+    ):
         for choice in model.run(METHODS[name], 10):
             assert torch.equal(choice.rows_read, 2 * choice.kept.sum(-1) + torch.ceil(seen * per_key).long())
             assert choice.retrieved.all() and choice.contested.all()
@@ -513,11 +524,18 @@ def test_double_sparse_finds_planted_channels() -> None:
 
 
 def test_layers_that_a_publication_exempts() -> None:
-    """Quest's first two layers are dense; TidalDecode's selecting layers attend to everything and score."""
+    """Dense layers choose nothing; TidalDecode's selecting layers attend to everything and score."""
     model, memory = Model.random(2), Memory()
     tidal = dataclasses.replace(fitted("tidal-decode"), full=1, again=3)
-    for method, dense, full in ((Quest(), (0, 1), ()), (tidal, (0,), (1, 3)), (fitted("kascade"), (), (0,))):
-        (own,) = method.published
+    exempt = (
+        (Quest(), (0, 1), ()),
+        (fitted("double-sparse"), (0, 1), ()),
+        (Twilight(), (0, 1), ()),
+        (tidal, (0,), (1, 3)),
+        (fitted("kascade"), (), (0,)),
+    )
+    for method, dense, full in exempt:
+        own = method.published[0]
         assert own.dense_layers == dense and own.full_layers == full
         for layer in range(LAYERS):
             rows = model.rows(layer, 0, STEPS, memory)
@@ -544,7 +562,15 @@ def test_what_was_not_fitted_says_so(method: Baseline) -> None:
 def test_what_is_asked_for_in_words() -> None:
     methods = [StreamingLLM(), H2O(), DoubleSparse(), Kascade(), Twilight()]
     words = [[str(own) for own in method.published] for method in methods]
-    assert words == [["1024"], ["20 %"], ["1/16, 1/16 of d"], ["10 % or 128"], ["p = 0.85", "p = 0.95"]]
+    labels = ["1/16, d/4 labels in 4 bits"]
+    assert words == [["1024"], ["20 % of the prompt"], labels, ["10 % or 128"], ["p = 0.85", "p = 0.95"]]
+
+
+def test_h2o_keeps_a_fifth_of_the_prompt_however_much_follows() -> None:
+    model, (own,) = Model.random(1), H2O().published
+    memory = model.memory()
+    kept = [own.choose(model.rows(0, step, step + 1, memory)).kept.sum(-1) for step in range(STEPS)]
+    assert {int(count) for of_step in kept for count in of_step} == {round(PROMPT / 5)}
 
 
 # --- in a model ---

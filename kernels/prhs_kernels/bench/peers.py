@@ -18,7 +18,10 @@ from prhs_kernels.bench.timing import Calls
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
 
 PAGE = 16  # positions per page of Quest
-LABELS = (1 / 16, 1 / 4)  # of the channels, DoubleSparse
+LABELS = (
+    1 / 16,
+    1 / 4,
+)  # of the channels, DoubleSparse: as many bytes, as many channels as published in 4 bits
 HSHARE = 1 / 8  # of the units retrieve: every second step, in half of the layers, half of the KV heads
 
 

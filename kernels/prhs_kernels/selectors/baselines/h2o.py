@@ -30,8 +30,8 @@ class H2O(Baseline):
 
     @property
     def published(self) -> tuple[AtBudget, ...]:
-        """A fifth of the cache: a tenth heavy, a tenth recent."""
-        return (AtBudget(self, fraction=0.2),)
+        """A fifth of the prompt, a tenth heavy and a tenth recent, however much is generated."""
+        return (AtBudget(self, fraction=0.2, of_prompt=True),)
 
     def select(self, rows: DecodeRows, size: torch.Tensor) -> Choice:
         """Exactly `min(size, visible)`, unless the size grows faster than positions arrive.

@@ -33,8 +33,10 @@ class HShare(Baseline):
     take that one's set: pairs are picked greedily, until the asked shares are reached.
 
     Ours: a group of query heads shares one set, by its mean attention, and heads are KV heads; a retrieval
-    scores exact keys (published code: 16 label channels in 4 bits, a cheaper and worse estimate); critical
-    sets are compared on up to 32 evenly spaced rows of the prompt's second half (published code: all rows).
+    scores exact keys (published code: 32 of 128 label channels in 4 bits, a cheaper and worse estimate);
+    critical sets are compared on up to 32 evenly spaced rows of the prompt's second half (published code: all
+    rows, between heads those behind the first `heavy`); steps are counted from the end of the prompt
+    (published code: from the first position).
     """
 
     block: int = 2  # steps

@@ -58,10 +58,11 @@ class AtBudget:
     """
 
     method: Baseline
-    fraction: float = 0.0  # of the visible positions
+    fraction: float = 0.0  # of the visible positions, or of the prompt
     tokens: int = 0  # positions; the larger of the two counts
     dense_layers: tuple[int, ...] = ()  # that the publication exempts
     full_layers: tuple[int, ...] = ()  # that attend to everything and choose for others
+    of_prompt: bool = False  # the fraction stays what it was when decoding began
     label: str = ""  # what is asked for, where it is neither
 
     def __post_init__(self) -> None:
@@ -81,6 +82,9 @@ class AtBudget:
     def _size(self, rows: DecodeRows) -> torch.Tensor:
         if not self.fraction:
             return torch.full((rows.num_kv_heads, len(rows.positions)), self.tokens, device=rows.keys.device)
+        if self.of_prompt:
+            size = max(round(self.fraction * rows.prompt.length), self.tokens, 1)
+            return torch.full((rows.num_kv_heads, len(rows.positions)), size, device=rows.keys.device)
         return uniform_size(rows, self.fraction).clamp(min=self.tokens)
 
     def __str__(self) -> str:
@@ -88,7 +92,7 @@ class AtBudget:
         if self.label:
             return self.label
         parts = [
-            f"{100 * self.fraction:.3g} %" if self.fraction else "",
+            f"{100 * self.fraction:.3g} %" + " of the prompt" * self.of_prompt if self.fraction else "",
             f"{self.tokens}" * bool(self.tokens),
         ]
         return " or ".join(part for part in parts if part)

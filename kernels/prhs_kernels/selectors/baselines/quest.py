@@ -26,7 +26,7 @@ class Quest(Baseline):
 
     @property
     def published(self) -> tuple[AtBudget, ...]:
-        """1,024 positions, within the published 256 to 4,096."""
+        """1,024 positions, within the 512 to 4,096 of the published code."""
         return (AtBudget(self, tokens=1024, dense_layers=(0, 1)),)
 
     def page_bounds(self, rows: DecodeRows) -> torch.Tensor:

@@ -15,6 +15,9 @@ from prhs_kernels.selectors.baselines.rows import DecodeRows
 class StreamingLLM(Baseline):
     """The first `num_sinks` positions and the most recent ones (Xiao et al., arXiv:2309.17453).
 
+    Ours: keys keep the rotation of the position they were written at (published: of their place in the cache,
+    so that no distance exceeds its size). The two differ once something was dropped.
+
     The local window takes what the sinks leave of `size`. With a size of `num_sinks` or less the current
     position comes first and the sinks share the rest; sinks outside the model's own window leave their
     slots to the local window.

@@ -35,7 +35,7 @@ class TidalDecode(Baseline):
 
     @property
     def published(self) -> tuple[AtBudget, ...]:
-        """256 positions, within the published 64 to 4,096, with full attention where it has that."""
+        """256 positions, the default of the published code, with full attention where it has that."""
         selecting = (self.full, self.full if self.again is None else self.again)
         return (AtBudget(self, tokens=256, dense_layers=tuple(range(self.full)), full_layers=selecting),)
 

@@ -20,7 +20,8 @@ class Twilight(Baseline):
     a coarser selector in front.
 
     Ours: a group of query heads shares one set, which reaches p on average over its heads (published: one per
-    head); the copy is symmetric with one scale per position, as our own low-bit scans have it.
+    head); the copy is symmetric with one scale per position, as our own low-bit scans have it (published:
+    from minimum to maximum); at matched budgets no layer is exempt (published: the first two are dense).
     """
 
     p: float = 0.95  # estimated mass to keep, in (0, 1]
@@ -29,8 +30,8 @@ class Twilight(Baseline):
 
     @property
     def published(self) -> tuple[AtBudget, ...]:
-        """The two values of p in use there, by model."""
-        return self.at(0.85), self.at(0.95)
+        """The two values of p in use there, by model; the first two layers are dense."""
+        return tuple(dataclasses.replace(self.at(p), dense_layers=(0, 1)) for p in (0.85, 0.95))
 
     def at(self, dial: float) -> AtBudget:
         """The dial is p."""
