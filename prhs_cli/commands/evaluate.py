@@ -71,6 +71,7 @@ def command(
     output: options.ResultOutput = None,
     revision: options.Revision = None,
     device: options.Device = "auto",
+    backend: options.Backend = "auto",
     dtype: options.Dtype = "auto",
     seed: options.Seed = 0,
     as_json: options.Json = False,
@@ -79,8 +80,9 @@ def command(
     """Score selectors against dense attention at equal effective budget, in closed loop.
 
     Every scored token is a decode step. PrHS runs at the dial of its bundle that attends to the asked
-    fraction, and with --delta also at the one that promises this dropped mass. An interrupted run continues
-    when the same command is given again.
+    fraction, and with --delta also at the one that promises this dropped mass. On a GPU dense attention and
+    PrHS run on the kernels of `prhs generate`, other methods in PyTorch. An interrupted run continues when
+    the same command is given again.
     """
     out = Output(as_json=as_json, quiet=quiet)
     fractions, published = options.split_budgets(budgets)
@@ -94,6 +96,7 @@ def command(
         "task_path": None if task_path is None else str(task_path),
         "confidence": confidence,
         "seed": seed,
+        "backend": backend,
     }
     asked = _lengths(lengths) if lengths else None
     source = Source(model, bundle, revision, device, dtype)

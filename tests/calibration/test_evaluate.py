@@ -173,7 +173,8 @@ def test_likelihood_is_that_of_the_stock_model(loaded: LoadedModel) -> None:
 def outcome(correct: bool, nats: float, tokens: int = 2, **stats: float) -> dict[str, Any]:
     counts = {"units": 4.0, "kept": 40.0, "fraction": 1.0, "visible": 160.0, "rows_read": 100.0}
     shared = {"retrieved": 1.0, "contested": 4.0}
-    return {"correct": correct, "nats": nats, "tokens": tokens, "stats": counts | shared | stats}
+    sums = counts | shared | stats
+    return {"correct": correct, "nats": nats, "tokens": tokens, "stats": sums, "backend": "reference"}
 
 
 def table_of(metric: str, outcomes: list[dict[str, Any]], points: list[Point]) -> list[dict[str, Any]]:
@@ -364,7 +365,7 @@ def test_publications_that_look_at_the_prompt_have_the_question_in_it(loaded: Lo
     run += points(loaded.model.config, None, ("h2o",), (0.5,), {}, published=True)[1:]
     steps = {
         name: outcome["stats"]["units"] / (LAYERS * KV_HEADS)
-        for name, outcome in library._run(loaded, example, run)
+        for name, outcome in library._run(loaded, example, run, "reference")
     }
     # 6 of the question and 2 of the answer, or the last of the question and 2 of the answer
     assert steps == {"dense": 8, "quest@1024": 8, "h2o@0.5": 8, "snapkv@1024": 3, "h2o@20 % of the prompt": 3}

@@ -126,6 +126,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(
         (["--tasks", ","], 2, "no task"),
         (["--samples", "0"], 2, "samples"),
         (["--delta", "0.000001"], 3, "cannot promise this delta"),
+        (["--backend", "triton"], 4, "backend"),
     ],
 )
 def test_bad_input_is_one_line(

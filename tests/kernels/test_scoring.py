@@ -16,7 +16,7 @@ from prhs_kernels.runtime.attention import LayerObservation
 from prhs_kernels.runtime.scoring import Scorer
 from prhs_kernels.testing.inputs import exact_model, random_tokens, selector_params
 from prhs_kernels.testing.models import tiny_model
-from prhs_kernels.testing.runs import decode_steps
+from prhs_kernels.testing.runs import VARIANTS, decode_steps
 
 DEPTH, LAYER = DepthParams(1, 0.3), LayerParams(0, 0.4)
 PROJECT = LayerParams(1, 0.5, 1.0, FreezeMode.PROJECT)
@@ -272,3 +272,23 @@ def test_long_runs_go_in_parts(
     torch.testing.assert_close(parts.logits, whole.logits, rtol=1e-10, atol=1e-10)
     assert parts.stats.to_dict() == pytest.approx(whole.stats.to_dict(), rel=1e-12)
     assert len(observe(model, params)) == 4, "an observer sees every layer once all the same"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_engine_scores_as_the_layer_parallel_pass(variant: str) -> None:
+    """One prefill serves runs of several time axes, on the engine and off it, in any order."""
+    model_type, overrides = VARIANTS[variant]
+    model = exact_model(model_type, **overrides)
+    for depth, layer in ((None, None), (DEPTH, LAYER)):
+        axes = (time(block=7), time(budget_tokens=12, dilation=0, block=1), None, time(block=4))
+        settings = [selector_params(model.config, time=axis, depth=depth, layer=layer) for axis in axes]
+        scorer = Scorer(model, TOKENS, 40)
+        with scorer.prepared(settings[0]) as prepared:
+            for params in settings:
+                found = prepared.run_on_engine(params, "reference")
+                expected = prepared.run(params)
+                torch.testing.assert_close(found.logits, expected.logits, rtol=1e-10, atol=1e-10)
+                assert found.stats.to_dict() == pytest.approx(
+                    expected.stats.to_dict(), rel=1e-12, nan_ok=True
+                )
+                assert found.prefill_dropped.keys() == expected.prefill_dropped.keys()

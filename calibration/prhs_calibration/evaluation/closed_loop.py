@@ -21,16 +21,20 @@ if TYPE_CHECKING:
 
     from prhs_calibration.bundle import Bundle
     from prhs_calibration.evaluation.store import Store
+    from prhs_kernels.ops.backend import Backend
 
 Steps = tuple[list[int], int]  # tokens, and how many of them are prefilled; the rest are decode steps
 
 
 def run_points(
-    model: PreTrainedModel, steps: Steps, points: Sequence[Point]
+    model: PreTrainedModel, steps: Steps, points: Sequence[Point], backend: Backend = "reference"
 ) -> Iterator[tuple[Point, ScoringResult]]:
-    """Every point over the same tokens; points that prefill alike share one prefill."""
+    """Every point over the same tokens; points that prefill alike share one prefill.
+
+    backend: of dense attention and PrHS; other methods run on the reference.
+    """
     reads_prompt = any(point.chooser is not None and point.chooser.method.reads_prompt for point in points)
-    scorer = Scorer(model, *steps, keep_queries=reads_prompt)
+    scorer = Scorer(model, *steps, keep_queries=reads_prompt, backend=backend)
     groups: dict[object, list[Point]] = {}
     for point in points:
         groups.setdefault((point.params.depth, point.params.layer), []).append(point)
@@ -45,13 +49,14 @@ def match_dials(
     bundle: Bundle,
     prompts: Sequence[Steps],
     budgets: Sequence[float],
+    backend: Backend = "reference",
 ) -> list[Match]:
     """For each budget the dial of PrHS whose attended fraction, in closed loop and over prompts, is it."""
 
     def point(dial: float) -> Point:
         return Point(PREHOC, bundle.params_at(dial), dial=dial)
 
-    return _match(model, point, prompts, budgets, float(bundle.dial[0]))
+    return _match(model, point, prompts, budgets, float(bundle.dial[0]), backend)
 
 
 def match_baseline(
@@ -81,6 +86,7 @@ def _match(
     prompts: Sequence[Steps],
     budgets: Sequence[float],
     lowest: float,
+    backend: Backend = "reference",
 ) -> list[Match]:
     """The first prompt finds the dials worth trying, the others are run at these.
 
@@ -90,7 +96,8 @@ def _match(
     keep_queries = first.chooser is not None and first.chooser.method.reads_prompt
     tables: list[dict[float, float]] = []
     for steps in prompts:
-        with Scorer(model, *steps, keep_queries=keep_queries).prepared(first.params) as prepared:
+        scorer = Scorer(model, *steps, keep_queries=keep_queries, backend=backend)
+        with scorer.prepared(first.params) as prepared:
             tables.append(_table(prepared, point, budgets, lowest, list(tables[0]) if tables else None))
     dials = sorted(tables[0])
     curve = [float(np.mean([table[dial] for table in tables])) for dial in dials]
@@ -106,6 +113,7 @@ def find_matches(
     store: Store,
     name: str,
     methods: Mapping[str, Baseline] = BASELINES,
+    backend: Backend = "reference",
 ) -> Matches:
     """Dials of every selector that needs one, kept in `store` under `name`.
 
@@ -115,7 +123,9 @@ def find_matches(
     if not budgets:
         return found
     if PREHOC in selectors and bundle is not None:
-        found[PREHOC] = kept_matches(store, name, lambda: match_dials(model, bundle, prompts(), budgets))
+        found[PREHOC] = kept_matches(
+            store, name, lambda: match_dials(model, bundle, prompts(), budgets, backend)
+        )
     for other in searched(selectors, methods):
         found[other] = kept_matches(
             store,

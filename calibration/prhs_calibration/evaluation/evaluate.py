@@ -27,6 +27,7 @@ from prhs_kernels.selectors.baselines import Baseline
 if TYPE_CHECKING:
     from prhs_calibration.bundle import Bundle
     from prhs_calibration.models import LoadedModel
+    from prhs_kernels.ops.backend import Backend
 
 KIND = "evaluate"
 LENGTHS = (2048, 4096)  # tokens, as far as the model's context allows
@@ -41,6 +42,7 @@ class Plan:
     """What to run. `budgets` are attended fractions; `delta` adds PrHS at the dial that promises it.
 
     published: also every comparison method at the budgets of its publication.
+    backend: of dense attention and PrHS in the built-in tasks; other methods run on the reference.
     """
 
     tasks: tuple[str, ...]
@@ -55,6 +57,7 @@ class Plan:
     public: tuple[str, ...] = ()  # tasks of lm-evaluation-harness
     task_path: str | None = None  # folder with more task files for it
     published: bool = False
+    backend: Literal["auto", "reference", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         points.check_selectors(self.selectors)
@@ -230,7 +233,7 @@ def _match(
         some = functools.partial(prompts, *cell)
         found.append(
             closed_loop.find_matches(
-                loaded.model, bundle, plan.selectors, plan.budgets, some, store, name, methods
+                loaded.model, bundle, plan.selectors, plan.budgets, some, store, name, methods, plan.backend
             )
         )
     report("matching budgets", len(plan.cells), len(plan.cells))
@@ -256,18 +259,20 @@ def _outcomes(
         outcome = store.get(name)
         if outcome is None:
             example = _item(loaded, plan, task, length, number)
-            outcome = store.put(name, dict(_run(loaded, example, run)))
+            outcome = store.put(name, dict(_run(loaded, example, run, plan.backend)))
         found.append(outcome)
     report("evaluating", before + plan.samples, total)
     return found
 
 
-def _run(loaded: LoadedModel, example: Example, run: Sequence[Point]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _run(
+    loaded: LoadedModel, example: Example, run: Sequence[Point], backend: Backend
+) -> Iterator[tuple[str, dict[str, Any]]]:
     for known in (False, True):
         some = [point for point in run if point.question_known == known]
         if some:
             steps = steps_of(example, question_known=known)
-            for point, result in closed_loop.run_points(loaded.model, steps, some):
+            for point, result in closed_loop.run_points(loaded.model, steps, some, backend):
                 yield point.name, outcome_of(result, example.answer_ids)
 
 
@@ -285,6 +290,7 @@ def outcome_of(result: ScoringResult, answer_ids: Sequence[int]) -> dict[str, An
         "nats": -float(likelihood.double().sum()),
         "tokens": len(answer_ids),
         "stats": rows.sums(result.stats),
+        "backend": result.backend,
     }
 
 

@@ -15,7 +15,7 @@ from prhs_calibration.evaluation.points import DENSE, PREHOC, Point
 from prhs_kernels.errors import InputError
 from prhs_kernels.runtime.stats import DecodeStats
 
-Outcomes = Sequence[Mapping[str, Any]]  # per item: point name -> {correct, nats, tokens, stats}
+Outcomes = Sequence[Mapping[str, Any]]  # per item: point name -> {correct, nats, tokens, stats, backend}
 Figures = tuple[Sample, Sample]  # score, difference from dense
 UNITS = {"exact": "exact match", "likelihood": "perplexity"}
 COSTS = ("effective_budget", "retrieval_ratio", "attended_fraction", "kv_bytes_read")
@@ -85,7 +85,7 @@ class Cell:
             check_reuse(point, stats, f"{self.task} at length {self.length}")
             figures = self._figure(items), self._figure(items, dense)
             row: dict[str, Any] = {"task": self.task, "metric": self.metric, "unit": UNITS[self.metric]}
-            row |= {"length": self.length, "samples": len(items)}
+            row |= {"length": self.length, "samples": len(items), "backend": items[0]["backend"]}
             yield row | self._scores(point, figures) | _nats(items) | costs(point, stats), figures
 
     def _scores(self, point: Point, figures: Figures) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def sparse_attention(
             if params.layer is not None:
                 _patch(undo, layer, "forward", functools.partial(frozen_forward, cache, layer, layer.forward))
         for module, hook in ((decoder, _begin), (decoder.layers[0], _keep_rope)):
-            handle = module.register_forward_pre_hook(functools.partial(hook, cache), with_kwargs=True)
+            handle = module.register_forward_pre_hook(OwnHook(hook, cache), with_kwargs=True)
             undo.callback(handle.remove)
         yield cache
 
@@ -127,6 +127,10 @@ def _patch(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> Non
     else:
         undo.callback(delattr, owner, name)
     setattr(owner, name, value)
+
+
+class OwnHook(functools.partial[object]):
+    """A hook of a `sparse_attention` block. The decode engine does by itself what it is there for."""
 
 
 _open_blocks: list[contextlib.ExitStack] = []  # blocks of several models may end in any order

@@ -7,7 +7,7 @@ kernel, and multiplies by fused projections. `unsupported` says for which models
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from prhs_kernels.ops.rope_append.api import rope_append
 from prhs_kernels.ops.silu_mul.api import silu_mul
 from prhs_kernels.ops.skinny_linear import api as skinny
 from prhs_kernels.ops.step_plan.api import StepPlan
+from prhs_kernels.runtime.attach import OwnHook
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias of a projection
 # layer, query after and before RoPE, new key, plan -> output `[batch, num_qo_heads, 1, head_dim]`
@@ -47,13 +48,18 @@ def unsupported(model: PreTrainedModel) -> str | None:
         # a subclass may quantise, adapt or shard; the step would pass it by
         if type(module) is not torch.nn.Linear or type(module.weight) is not torch.nn.Parameter:
             return f"{name} is not a plain linear projection"
-    hooked = [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+    hooked = [module for module in model.modules() if any(_foreign_hooks(module))]
     if hooked:
         return f"a forward hook on {type(hooked[0]).__name__} would not be called"
     places = {parameter.device for parameter in model.parameters()}
     if len(places) > 1:
         return f"its weights lie on {len(places)} devices"
     return None
+
+
+def _foreign_hooks(module: torch.nn.Module) -> Iterator[object]:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return (hook for hook in hooks if not isinstance(hook, OwnHook))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

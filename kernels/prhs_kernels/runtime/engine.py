@@ -160,6 +160,17 @@ class DecodeEngine:
         return logits  # type: ignore[no-any-return]
 
     @torch.inference_mode()
+    def continue_from(self, cache: StaticCache, kv_len: int) -> None:
+        """Go on behind a prompt of `kv_len` tokens, one sequence, whose keys and values lie in `cache`.
+
+        Its slots from `kv_len` on are overwritten. Engines that decode one after another can share it.
+        """
+        self._check_open()
+        self.cache, self._graph = cache, None
+        self._restart(kv_len, torch.zeros(self.batch_size, dtype=torch.long, device=self.device))
+        self.sets.copy_keys(cache.keys, [kv_len] * self.params.num_layers)
+
+    @torch.inference_mode()
     def fill_random(self, kv_len: int, seed: int) -> None:
         """Pretend a prompt of `kv_len` tokens: normal random keys and values, a random current token."""
         self._check_open()

@@ -2,6 +2,8 @@
 
 Token t at layer l depends only on earlier layers and earlier tokens, so walking the selectors over all steps
 of a layer before going to the next gives exactly what step-by-step decoding gives (a test holds us to it).
+A run that nobody observes can be stepped by the decode engine instead, with the kernels that a user decodes
+with.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ import torch
 from transformers import PreTrainedModel
 
 from prhs_kernels.errors import UsageError
+from prhs_kernels.ops.backend import Backend, use_triton
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import check_params, check_selector, dense_params, sparse_attention
 from prhs_kernels.runtime.attention import LayerObservation, Observer
 from prhs_kernels.runtime.cache import PrhsCache
 from prhs_kernels.runtime.distributed import num_ranks
+from prhs_kernels.runtime.engine import DecodeEngine, engine_unsupported
+from prhs_kernels.runtime.static_cache import StaticCache
 from prhs_kernels.runtime.stats import DecodeStats
 from prhs_kernels.selectors.base import StepSelector
 
@@ -31,11 +36,13 @@ class ScoringResult:
 
     logits: `[steps, vocabulary]`, the prediction after each step. stats: what was read and kept.
     prefill_dropped: layer -> `[num_qo_heads]`, loss of sampled prompt rows; layers without one are absent.
+    backend: what chose and attended, `reference` or `triton`.
     """
 
     logits: torch.Tensor
     stats: DecodeStats
     prefill_dropped: dict[int, torch.Tensor]
+    backend: str = "reference"
 
 
 class Scorer:
@@ -43,11 +50,18 @@ class Scorer:
 
     `tokens[:prefill_length]` are the prompt, every later token is a decode step. Runs that differ in the time
     axis only share one prefill; use `prepared` to keep it between them. Comparison selectors that look at the
-    prompt's attention need `keep_queries`.
+    prompt's attention need `keep_queries`. `backend="triton"` steps runs without observer and comparison
+    selector through the decode engine, where it can run them; `auto` does so on CUDA.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokens: list[int], prefill_length: int, *, keep_queries: bool = False
+        self,
+        model: PreTrainedModel,
+        tokens: list[int],
+        prefill_length: int,
+        *,
+        keep_queries: bool = False,
+        backend: Backend = "reference",
     ) -> None:
         if num_ranks(model) > 1:
             raise UsageError("a scoring pass needs all heads in one process; run it without torchrun")
@@ -57,6 +71,7 @@ class Scorer:
         self.tokens = torch.tensor([tokens], device=model.device)
         self.prefill_length = prefill_length
         self.keep_queries = keep_queries
+        self.backend: Backend = "triton" if use_triton(backend, self.tokens) else "reference"
         self._observer: Observer | None = None
 
     @contextlib.contextmanager
@@ -106,6 +121,7 @@ class PreparedScorer:
 
     def __init__(self, scorer: Scorer, cache: PrhsCache) -> None:
         self._scorer, self._cache = scorer, cache
+        self._static: StaticCache | None = None
 
     def run(
         self,
@@ -124,6 +140,9 @@ class PreparedScorer:
         if _prefill_settings(params) != _prefill_settings(cache.params):
             raise UsageError("depth and layer parameters differ from those of the prefill; prepare again")
         cache.rewind(scorer.prefill_length)
+        on_engine = observer is None and selector is None and scorer.backend == "triton"
+        if on_engine and engine_unsupported(scorer.model, params, "triton") is None:
+            return self.run_on_engine(params, "triton")
         cache.params, cache.treat_as_decode, scorer._observer = params, True, observer
         cache.selector = selector
         try:
@@ -136,6 +155,23 @@ class PreparedScorer:
         finally:
             cache.treat_as_decode, scorer._observer = False, None
         return ScoringResult(logits[0], cache.stats, dict(cache.prefill_dropped))
+
+    def run_on_engine(self, params: SelectorParams, backend: Backend) -> ScoringResult:
+        """The same, one step at a time on the decode engine, with its operators of this backend."""
+        scorer, cache = self._scorer, self._cache
+        cache.rewind(scorer.prefill_length)
+        slots = scorer.tokens.shape[1]
+        if self._static is None:
+            self._static = StaticCache.copy_of(cache, slots)
+        with DecodeEngine(scorer.model, params, batch_size=1, max_len=slots, backend=backend) as engine:
+            engine.continue_from(self._static, scorer.prefill_length)
+            logits = []
+            for column in scorer.tokens[:, scorer.prefill_length :].unbind(dim=1):
+                engine.step(column)
+                logits.append(engine.logits.clone())
+            return ScoringResult(
+                torch.cat(logits), engine.stats(), dict(cache.prefill_dropped), str(engine.backend)
+            )
 
 
 def _prefill_settings(params: SelectorParams) -> tuple[object, ...]:

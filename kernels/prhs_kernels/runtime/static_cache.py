@@ -26,6 +26,16 @@ class StaticCache:
             [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2)
         )
 
+    @classmethod
+    def copy_of(cls, cache: PrhsCache, max_len: int) -> StaticCache:
+        """Buffers of their own for what a cache of one sequence holds."""
+        found, length = cls(), cache.get_seq_length()
+        for index in range(len(cache.layers)):
+            pair = cache.keys_and_values(index)
+            for store, filled in zip((found.keys, found.values), pair, strict=True):
+                store.append(_stored(filled, length, max_len))
+        return found
+
     def take(
         self, cache: PrhsCache, max_len: int, padding: torch.Tensor, shift: list[int], num_sinks: int
     ) -> None:
@@ -35,7 +45,10 @@ class StaticCache:
         for index, layer in enumerate(cache.layers):
             pair = cache.keys_and_values(index)
             for store, filled in zip((self.keys, self.values), pair, strict=True):
-                store.append(_stored(filled, length, max_len, padding, shift[index], num_sinks))
+                if shift[index]:
+                    store.append(_released(filled, length, max_len, padding, shift[index], num_sinks))
+                else:
+                    store.append(_stored(filled, length, max_len))
             del pair, filled
             empty(layer)
 
@@ -51,17 +64,22 @@ def empty(layer: object) -> None:
     layer.is_initialized = False  # type: ignore[attr-defined]
 
 
-def _stored(
-    filled: torch.Tensor, length: int, max_len: int, padding: torch.Tensor, shift: int, num_sinks: int
-) -> torch.Tensor:
+def _stored(filled: torch.Tensor, length: int, max_len: int) -> torch.Tensor:
     """Slots `[0, length)` of a layer, of which a sliding-window layer may only hold the last, with room for
     `max_len`."""
     batch, heads, held, head_dim = filled.shape
+    room = filled.new_empty(batch, heads, max_len, head_dim)
+    room[:, :, length - held : length] = filled
+    return room
+
+
+def _released(
+    filled: torch.Tensor, length: int, max_len: int, padding: torch.Tensor, shift: int, num_sinks: int
+) -> torch.Tensor:
+    """The same without the slots between each sequence's sinks and `shift + num_sinks`."""
+    batch, heads, held, head_dim = filled.shape
     room = filled.new_empty(batch, heads, max_len - shift, head_dim)
     begin = length - held
-    if shift == 0:
-        room[:, :, begin:length] = filled
-        return room
     window = shift + num_sinks  # first slot that stays in place
     room[:, :, num_sinks : length - shift] = filled[:, :, window - begin :]
     sinks = padding[:, None] + torch.arange(num_sinks, device=filled.device) - begin
