@@ -11,7 +11,8 @@ import torch
 from prhs_kernels.errors import InputError, UsageError
 from prhs_kernels.params import DepthParams, FreezeMode, LayerParams
 from prhs_kernels.runtime.attach import dense_params, sparse_attention
-from prhs_kernels.runtime.decode import Generation, Sampler, Sampling, generate_tokens, left_pad
+from prhs_kernels.runtime.decode import Generation, generate_tokens, left_pad
+from prhs_kernels.runtime.sampling import Sampler, Sampling
 from prhs_kernels.runtime.scoring import Scorer
 from prhs_kernels.runtime.stats import DecodeStats
 from prhs_kernels.testing.inputs import exact_model, random_tokens, selector_params
