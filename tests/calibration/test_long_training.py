@@ -12,10 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prhs_calibration.reference_model import attention_figures, data, measure, prepare, reference_path
+from prhs_calibration.reference_model.attention_loss import targets_by_row
 from prhs_calibration.reference_model.checkpoint import apply_changes, save_changes
 from prhs_calibration.reference_model.fused import FusedLlama
 from prhs_calibration.reference_model.loader import Loader
-from prhs_calibration.reference_model.long_run import LongRun, _by_row
+from prhs_calibration.reference_model.long_run import LongRun
+from prhs_calibration.reference_model.model import new_model, save_weights, started_model
+from prhs_calibration.reference_model.options import TrainingOptions
 from prhs_calibration.reference_model.schedule import (
     FINE_TUNE_STAGES,
     long_attention_weight,
@@ -24,13 +27,7 @@ from prhs_calibration.reference_model.schedule import (
 )
 from prhs_calibration.reference_model.task_draws import DRAW, episode_weights
 from prhs_calibration.reference_model.task_rows import TaskRows
-from prhs_calibration.reference_model.train import (
-    TrainingOptions,
-    new_model,
-    save_weights,
-    started_model,
-    tokenize,
-)
+from prhs_calibration.reference_model.tokenizer import tokenize
 from prhs_kernels.errors import InputError, UsageError
 
 TINY = {"hidden": 32, "layers": 3, "ffn": 48, "query_heads": 4, "kv_heads": 2, "head_dim": 8}
@@ -133,7 +130,7 @@ def test_length_can_change_while_running(rows):
 
 def test_targets_of_the_auxiliary_loss_stay_in_their_rows(rows):
     batch = rows.batch(0, 256, 8)
-    asked, stated = _by_row(batch, np.random.default_rng(0))
+    asked, stated = targets_by_row(batch, np.random.default_rng(0))
     assert asked.shape == stated.shape and (asked >= 0).sum() > 20
     for row in range(8):
         for a, s in zip(asked[row], stated[row], strict=True):

@@ -15,9 +15,11 @@ from prhs_calibration.reference_model.attention_loss import row_loss
 from prhs_calibration.reference_model.batches import BatchSource
 from prhs_calibration.reference_model.checkpoint import load_state
 from prhs_calibration.reference_model.evaluate import recall_by_length, recall_item
+from prhs_calibration.reference_model.options import TrainingOptions
 from prhs_calibration.reference_model.recall import NAMES, draw_facts
 from prhs_calibration.reference_model.schedule import attention_loss_weight, learning_rate, stage_at
-from prhs_calibration.reference_model.train import TrainingOptions, tokenize, train
+from prhs_calibration.reference_model.tokenizer import tokenize
+from prhs_calibration.reference_model.train import train
 from prhs_kernels.errors import InputError
 
 

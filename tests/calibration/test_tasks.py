@@ -14,7 +14,7 @@ from prhs_calibration.evaluation.tasks.assemble import continuation
 from prhs_calibration.evaluation.tasks.episodes import forms_of
 from prhs_calibration.reference_model import data, reference_path
 from prhs_calibration.reference_model.task_rows import TaskRows
-from prhs_calibration.reference_model.train import tokenize
+from prhs_calibration.reference_model.tokenizer import tokenize
 from prhs_calibration.reference_model.wordings import all_forms, wordings
 from prhs_kernels.errors import UsageError
 

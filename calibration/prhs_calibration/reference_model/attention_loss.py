@@ -6,12 +6,16 @@ that was planted. Neither target needs attention matrices: only the rows that ar
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .task_rows import TaskBatch
+
 NAME = "prhs_training"
 _EARLY_ROWS = 64
+_MOST_TARGETS = 48  # supervised answer tokens per row of tasks
 
 
 class AttentionTap:
@@ -77,6 +81,25 @@ def row_loss(query: Tensor, key: Tensor, rows: Tensor, targets: Tensor) -> Tenso
     losses = functional.cross_entropy(logits.flatten(0, 1), targets.clamp(min=0).flatten(), reduction="none")
     valid = ~absent.flatten()
     return (losses * valid).sum() / valid.sum().clamp(min=1)
+
+
+def targets_by_row(batch: TaskBatch, rng: np.random.Generator) -> tuple[Any, Any]:
+    """Columns of answers and of where they were stated, `[rows, most]` with -1 where there is none."""
+    rows, length = batch.ids.shape
+    known = np.flatnonzero(batch.planted >= 0)
+    rng.shuffle(known)
+    owner = batch.answers[known] // length
+    order = np.argsort(owner, kind="stable")
+    known, owner = known[order], owner[order]
+    counts = np.bincount(owner, minlength=rows)
+    rank = np.arange(len(known)) - np.repeat(np.cumsum(counts) - counts, counts)
+    keep = rank < _MOST_TARGETS
+    width = max(1, min(_MOST_TARGETS, int(counts.max(initial=1))))
+    asked = np.full((rows, width), -1, dtype=np.int64)
+    stated = np.full((rows, width), -1, dtype=np.int64)
+    asked[owner[keep], rank[keep]] = batch.answers[known[keep]] % length
+    stated[owner[keep], rank[keep]] = batch.planted[known[keep]] % length
+    return asked, stated
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

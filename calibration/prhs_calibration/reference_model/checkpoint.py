@@ -105,6 +105,21 @@ def apply_changes(start: Path, changed: Path, out: Path) -> list[str]:
     return differing
 
 
+def publish(source: Path, target: Path) -> None:
+    """Copy weights and curves to `target`: complete files first, then quick renames one after another."""
+    staging = source / "staging"
+    staging.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
+    names = [path.name for path in sorted(source.iterdir()) if path.name.startswith("model")]
+    for name in [*names, "config.json", "curves.json"]:
+        shutil.copyfile(source / name, staging / name)
+    for path in sorted(staging.iterdir()):
+        try:
+            os.replace(path, target / path.name)
+        except OSError:  # another file system
+            shutil.copyfile(path, target / path.name)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line of `apply_changes`."""
     parser = argparse.ArgumentParser(prog="python -m prhs_calibration.reference_model.checkpoint")

@@ -7,8 +7,6 @@ With `--start` and `--trainable` it fine-tunes some tensors of a checkpoint; the
 
 import json
 import math
-import os
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +17,12 @@ import torch
 from torch import Tensor
 
 from . import attention_figures, measure
-from .attention_loss import row_loss
-from .checkpoint import apply_changes, load_state, save_changes, save_state
+from .attention_loss import row_loss, targets_by_row
+from .checkpoint import apply_changes, load_state, publish, save_changes, save_state
 from .fused import FusedLlama, fastest_backends
 from .loader import Loader
+from .model import new_model, save_weights, started_model
+from .options import TrainingOptions
 from .schedule import (
     FINE_TUNE_STAGES,
     LONG_STAGES,
@@ -31,13 +31,11 @@ from .schedule import (
     long_stage,
 )
 from .task_rows import TaskBatch, TaskRows
-from .train import TrainingOptions, new_model, save_weights, started_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _EARLY_ROWS = 64
-_MOST_TARGETS = 48  # supervised answer tokens per row in the auxiliary loss
 _SHARD = "15MB"
 
 
@@ -234,7 +232,7 @@ class LongRun:
         first = row_loss(query[:, 0], key[:, 0], at, at - 1) + row_loss(
             query[:, group], key[:, 1], at, at - 2
         )
-        asked, stated = _by_row(batch, np.random.default_rng(self.step))
+        asked, stated = targets_by_row(batch, np.random.default_rng(self.step))
         query, key = middle
         return first, row_loss(query[:, 0], key[:, 0], self._device(asked) - 1, self._device(stated))
 
@@ -304,37 +302,3 @@ class LongRun:
                 publish(out, self.options.publish)
             except OSError as error:  # the run matters more than this copy
                 print(f"not published: {error}", flush=True)
-
-
-def publish(source: Path, target: Path) -> None:
-    """Copy weights and curves to `target`: complete files first, then quick renames one after another."""
-    staging = source / "staging"
-    staging.mkdir(parents=True, exist_ok=True)
-    target.mkdir(parents=True, exist_ok=True)
-    names = [path.name for path in sorted(source.iterdir()) if path.name.startswith("model")]
-    for name in [*names, "config.json", "curves.json"]:
-        shutil.copyfile(source / name, staging / name)
-    for path in sorted(staging.iterdir()):
-        try:
-            os.replace(path, target / path.name)
-        except OSError:  # another file system
-            shutil.copyfile(path, target / path.name)
-
-
-def _by_row(batch: TaskBatch, rng: np.random.Generator) -> tuple[Any, Any]:
-    """Columns of answers and of where they were stated, `[rows, most]` with -1 where there is none."""
-    rows, length = batch.ids.shape
-    known = np.flatnonzero(batch.planted >= 0)
-    rng.shuffle(known)
-    owner = batch.answers[known] // length
-    order = np.argsort(owner, kind="stable")
-    known, owner = known[order], owner[order]
-    counts = np.bincount(owner, minlength=rows)
-    rank = np.arange(len(known)) - np.repeat(np.cumsum(counts) - counts, counts)
-    keep = rank < _MOST_TARGETS
-    width = max(1, min(_MOST_TARGETS, int(counts.max(initial=1))))
-    asked = np.full((rows, width), -1, dtype=np.int64)
-    stated = np.full((rows, width), -1, dtype=np.int64)
-    asked[owner[keep], rank[keep]] = batch.answers[known[keep]] % length
-    stated[owner[keep], rank[keep]] = batch.planted[known[keep]] % length
-    return asked, stated

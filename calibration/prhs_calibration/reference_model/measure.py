@@ -32,7 +32,7 @@ from .tokenizer import BOS_ID
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-    from .train import TrainingOptions
+    from .options import TrainingOptions
 
 _TOKENS_PER_BATCH = 65536
 _SCORED = 512  # tokens at the end of a window over which perplexity is taken

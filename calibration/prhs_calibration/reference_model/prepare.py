@@ -20,7 +20,7 @@ from ..evaluation.tasks import episodes
 from ..evaluation.tasks.types import Episode, text_of
 from . import data
 from .recall import draw_facts
-from .tokenizer import save_tokenizer, train_tokenizer
+from .tokenizer import load_tokenizer, save_tokenizer, tokenize, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -147,8 +147,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer to use instead of a new one")
     parser.add_argument("--characters", type=int, help="of whole files, about this much, drawn at random")
     options = parser.parse_args(argv)
-    from .train import load_tokenizer, tokenize
-
     texts = collect()
     if options.tokenizer:
         tokenizer = load_tokenizer(options.tokenizer)

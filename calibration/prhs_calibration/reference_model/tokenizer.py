@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -49,3 +52,19 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder))
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer saved in a folder."""
+    from transformers import PreTrainedTokenizerFast
+
+    loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    return loaded
+
+
+def tokenize(
+    tokenizer: "PreTrainedTokenizerFast", texts: dict[str, str], limit: int | None = None
+) -> npt.NDArray[np.uint16]:
+    """All files after one another, each ended by `</s>`; `limit` takes the first files only."""
+    encoded = tokenizer(list(texts.values())[:limit], add_special_tokens=False, verbose=False)["input_ids"]
+    return np.concatenate([np.array([*ids, EOS_ID], dtype=np.uint16) for ids in encoded])
