@@ -12,8 +12,11 @@ import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from prhs_kernels.errors import InputError, PrhsError, UnsupportedModelError, UsageError
+from prhs_kernels.ops.window_prefill import reference
 from prhs_kernels.params import DepthParams, FreezeMode, LayerParams, SelectorParams
 from prhs_kernels.runtime.attach import check_supported, dense_params, sparse_attention
+from prhs_kernels.runtime.decode import left_pad
+from prhs_kernels.testing.allocations import allocations
 from prhs_kernels.testing.inputs import exact_model, random_tokens, selector_params
 from prhs_kernels.testing.models import tiny_config, tiny_model
 from prhs_kernels.testing.runs import VARIANTS, decode_steps, feed
@@ -88,6 +91,35 @@ def test_a_padded_batch_equals_its_rows_alone(variant: str, axes: str) -> None:
     for row, prompt in enumerate(PROMPTS):
         alone, _ = decode_steps(model, prompt + STEPS[row], len(prompt), params)
         torch.testing.assert_close(together[row], alone, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "qwen3-window"])
+def test_no_prefill_makes_a_table_of_tokens_by_slots(
+    variant: str, axes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded, in two parts: no block is as large as one sequence's boolean mask would be."""
+    monkeypatch.setattr(reference, "QUERY_CHUNK", 64)
+    model_type, overrides = VARIANTS[variant]
+    model: Any = tiny_model(model_type, max_position_embeddings=2048, **overrides)
+    length, first = 1500, 1400
+    ids, mask = left_pad([random_tokens(length), random_tokens(length // 3)], pad_token_id=0)
+    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+    def prefill() -> None:
+        with torch.no_grad(), sparse_attention(model, selector_params(model.config, **AXES[axes])) as cache:
+            for part in (slice(0, first), slice(first, length)):
+                model(
+                    input_ids=ids[:, part],
+                    attention_mask=mask[:, : part.stop],
+                    position_ids=positions[:, part],
+                    past_key_values=cache,
+                    logits_to_keep=1,
+                )
+
+    prefill()  # what is taken once and kept does not count
+    found = allocations(prefill)
+    assert 0 < found.largest < length * length
 
 
 @pytest.mark.parametrize("axes", AXES)

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from prhs_kernels.errors import InputError, UnsupportedModelError, UsageError
 from prhs_kernels.params import SelectorParams
@@ -137,9 +136,11 @@ _open_blocks: list[contextlib.ExitStack] = []  # blocks of several models may en
 
 
 def _register(undo: contextlib.ExitStack) -> None:
-    """Make the name known to transformers until the last open block has ended."""
+    """Make the name known to transformers until the last open block has ended.
+
+    Not to its `AttentionMaskInterface`: without an entry there no model makes a mask of tokens x slots.
+    """
     AttentionInterface.register(IMPLEMENTATION, _dispatch)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     _open_blocks.append(undo)
     undo.callback(_unregister, undo)
 
@@ -147,8 +148,7 @@ def _register(undo: contextlib.ExitStack) -> None:
 def _unregister(undo: contextlib.ExitStack) -> None:
     _open_blocks.remove(undo)
     if not _open_blocks:
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            interface._global_mapping.pop(IMPLEMENTATION, None)
+        AttentionInterface._global_mapping.pop(IMPLEMENTATION, None)
 
 
 def _dispatch(
@@ -165,7 +165,7 @@ def _dispatch(
     forward = getattr(module, "_prhs_forward", None)
     if forward is None or scaling is None:
         raise UsageError("attention implementation 'prhs' only works inside a sparse_attention block")
-    return forward(module, query, key, value, attention_mask, scaling, sliding_window, **kwargs)  # type: ignore[no-any-return]
+    return forward(module, query, key, value, scaling, sliding_window, **kwargs)  # type: ignore[no-any-return]
 
 
 def _begin(cache: PrhsCache, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -180,7 +180,12 @@ def _begin(cache: PrhsCache, module: torch.nn.Module, args: tuple[Any, ...], kwa
     past = cache.get_seq_length()
     is_prefill = past == 0 or (steps > 1 and not cache.treat_as_decode)
     padding = _padding(kwargs.get("attention_mask"), batch, past + steps)
-    cache.forward = Forward(padding=padding.to(tokens.device), first_slot=past, is_prefill=is_prefill)
+    cache.forward = Forward(
+        padding=padding.to(tokens.device),
+        is_padded=bool(padding.any()),
+        first_slot=past,
+        is_prefill=is_prefill,
+    )
 
 
 def _padding(mask: Any, batch: int, slots: int) -> torch.Tensor:

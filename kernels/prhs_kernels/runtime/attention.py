@@ -11,7 +11,6 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from prhs_kernels.errors import UsageError
-from prhs_kernels.ops.backend import use_triton
 from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.ops.sparse_decode import reference as decode
 from prhs_kernels.ops.window_prefill.api import window_prefill
@@ -75,7 +74,6 @@ def attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
     scaling: float,
     sliding_window: int | None,
     **kwargs: Any,
@@ -90,15 +88,12 @@ def attention_forward(
     if params.is_dense and observer is None and cache.selector is None:
         if not cache.forward.is_prefill:
             _count_dense(cache, steps, key, sliding_window)
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-        return output, None
+        return _dense(cache, module, query, key, value, sliding_window, scaling, **kwargs), None
     rows = cache.rows(steps, key.shape[2], sliding_window)
     if cache.forward.is_prefill:
         if observer is not None:
             _measure_prefill(cache, layer, query, key, rows, scaling)
-        return _prefill(cache, module, query, key, value, attention_mask, rows, scaling, **kwargs), None
+        return _prefill(cache, module, query, key, value, rows, scaling, **kwargs), None
     return _decode(cache, observer, layer, query, key, value, rows, scaling).transpose(1, 2), None
 
 
@@ -111,27 +106,52 @@ def _count_dense(cache: PrhsCache, steps: int, key: torch.Tensor, sliding_window
     cache.stats.add_dense(seen if cache.alive is None else seen[cache.alive], key.shape[1])
 
 
+def _dense(
+    cache: PrhsCache,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sliding_window: int | None,
+    scaling: float,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """What the unmodified model computes, from what a layer of the stock cache holds."""
+    assert cache.forward is not None
+    steps, held = query.shape[2], key.shape[2]
+    rows = cache.rows(steps, held, sliding_window)
+    dropped = max(0, cache.forward.first_slot + steps - held)  # by a sliding window, padding first
+    rows = dataclasses.replace(rows, padding=(rows.padding - dropped).clamp(min=0))
+    if steps > 1:
+        return _prefill(cache, module, query, key, value, rows, scaling, **kwargs)
+    mask = rows.visible()[:, None] if _needs_mask(cache, held, sliding_window) else None
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)[0]  # type: ignore[no-any-return]
+
+
+def _needs_mask(cache: PrhsCache, held: int, sliding_window: int | None) -> bool:
+    """Whether some row of a forward pass sees less than all slots up to its own; as transformers decides."""
+    assert cache.forward is not None
+    return cache.forward.is_padded or (sliding_window is not None and held >= sliding_window)
+
+
 def _prefill(
     cache: PrhsCache,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
     rows: Rows,
     scaling: float,
     **kwargs: Any,
 ) -> torch.Tensor:
+    """Attention of prompt tokens; no mask of tokens x slots is made."""
     params, layer = cache.params, module.layer_idx
-    assert isinstance(layer, int)
+    assert isinstance(layer, int) and cache.forward is not None
+    steps, held, window = query.shape[2], key.shape[2], rows.sliding_window
     fraction = 0.0 if params.depth is None else params.depth.window_fraction(layer, params.num_layers)
-    whole = query.shape[2] == key.shape[2] or params.layer is None
-    # with a mask PyTorch leaves its fastest kernels; ours takes padding and sliding window as numbers
-    if fraction == 0.0 and whole and (attention_mask is None or not use_triton(cache.backend, query)):
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-        return output
+    if fraction == 0.0 and steps == held and not _needs_mask(cache, held, window):
+        # causal, no more: what PyTorch's fastest kernels do
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)[0]  # type: ignore[no-any-return]
     out = window_prefill(
         query,
         key,
@@ -141,7 +161,7 @@ def _prefill(
         window_fraction=fraction,
         num_sinks=params.num_sinks,
         num_local=params.num_local,
-        sliding_window=rows.sliding_window,
+        sliding_window=window,
         backend=cache.backend,
     )
     return out.transpose(1, 2)

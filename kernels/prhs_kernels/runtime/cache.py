@@ -86,6 +86,7 @@ class Forward:
     """The forward pass under way: set by the model's pre-hook, read by every attention layer."""
 
     padding: torch.Tensor  # [batch] int64
+    is_padded: bool  # some of it is not 0
     first_slot: int  # cache slot of the first input token
     is_prefill: bool  # tokens are prompt, not decode steps
     cos: torch.Tensor | None = None  # rotary tables of the input tokens, [batch, tokens, head_dim]

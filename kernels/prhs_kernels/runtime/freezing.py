@@ -43,7 +43,6 @@ def frozen_forward(
     kwargs = dict(kwargs, position_embeddings=tuple(t[:, start:] for t in kwargs["position_embeddings"]))
     if kwargs.get("position_ids") is not None:
         kwargs["position_ids"] = kwargs["position_ids"][:, start:]
-    kwargs["attention_mask"] = None  # the attention function builds the rows it needs
     active = forward(hidden_states[:, start:], **kwargs)
     active = torch.where(mask[:, start:, None], hidden_states[:, start:], active)
     return torch.cat([hidden_states[:, :start], active], dim=1)

@@ -27,11 +27,16 @@ def window_prefill(
     for start in range(0, steps, QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, steps)
         slots = torch.arange(n - steps + start, n - steps + end, device=query.device)
-        mask = visible(slots, padding, n, window_fraction, num_sinks, num_local, sliding_window)
+        seen = n - steps + end  # slots, the last query's own included
+        mask = visible(slots, padding, seen, window_fraction, num_sinks, num_local, sliding_window)
         empty = ~mask.any(dim=-1, keepdim=True)
         # SDPA gives NaN for a row without keys; let padding rows see everything and zero them after
         out = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, start:end], keys, values, attn_mask=(mask | empty).unsqueeze(1), scale=scale
+            query[:, :, start:end],
+            keys[:, :, :seen],
+            values[:, :, :seen],
+            attn_mask=(mask | empty).unsqueeze(1),
+            scale=scale,
         )
         output[:, :, start:end] = out.masked_fill(empty.unsqueeze(1), 0.0)
     return output
