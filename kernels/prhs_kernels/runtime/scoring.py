@@ -22,9 +22,10 @@ from prhs_kernels.runtime.attach import check_params, check_selector, dense_para
 from prhs_kernels.runtime.attention import LayerObservation, Observer
 from prhs_kernels.runtime.cache import PrhsCache
 from prhs_kernels.runtime.distributed import num_ranks
-from prhs_kernels.runtime.engine import DecodeEngine, engine_unsupported
+from prhs_kernels.runtime.engine import DecodeEngine
 from prhs_kernels.runtime.static_cache import StaticCache
 from prhs_kernels.runtime.stats import DecodeStats
+from prhs_kernels.runtime.support import engine_unsupported
 from prhs_kernels.selectors.base import StepSelector
 
 MAX_STEPS = 512  # decode steps that go through a layer together; bounds the memory for scores
