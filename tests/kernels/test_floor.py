@@ -13,7 +13,8 @@ from prhs_kernels.runtime import decode, engine
 from prhs_kernels.runtime.decode import Generation, generate_tokens
 from prhs_kernels.runtime.engine import DecodeEngine
 from prhs_kernels.runtime.floor import DENSE_LAUNCHES, SECONDS_PER_LAUNCH, memory_bandwidth, step_floor
-from prhs_kernels.runtime.memory import RunShape, check_fits, engine_bytes, largest_fitting
+from prhs_kernels.runtime.memory import Needed, RunShape, check_fits, engine_bytes, largest_fitting
+from prhs_kernels.testing.allocations import allocations
 from prhs_kernels.testing.inputs import random_tokens, selector_params
 from prhs_kernels.testing.models import tiny_config, tiny_model
 
@@ -84,14 +85,14 @@ def test_largest_fitting() -> None:
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = RunShape.of(C_1024, [None] * 32, torch.bfloat16)
+    shape = RunShape.of(LARGE, C_1024, [None] * 32, torch.bfloat16)
     needed = lambda batch, length: engine_bytes(shape, batch, length)  # noqa: E731
     check_fits(needed, 16, 32768, None)
-    check_fits(needed, 16, 32768, needed(16, 32768))
+    check_fits(needed, 16, 32768, needed(16, 32768).most)
     with pytest.raises(ResourceError) as caught:
         check_fits(needed, 16, 32768, 40 * 2**30)
-    longest = largest_fitting(lambda n: needed(16, n), 32768, 40 * 2**30)
-    assert f"{needed(16, 32768) / 2**30:.1f} GiB needed, 40.0 GiB free" in str(caught.value)
+    longest = largest_fitting(lambda n: needed(16, n).most, 32768, 40 * 2**30)
+    assert f"{needed(16, 32768).most / 2**30:.1f} GiB needed, 40.0 GiB free" in str(caught.value)
     assert f"what fits: {longest} positions at batch 16 or batch 9 at 32768 positions" in str(caught.value)
     with pytest.raises(ResourceError, match="nothing would fit"):
         check_fits(needed, 16, 32768, 0)
@@ -100,6 +101,49 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.
     opened = DecodeEngine(model, selector_params(model.config), batch_size=2, max_len=128)
     with pytest.raises(ResourceError, match="batch 2 x 128 positions"), opened:
         pass
+
+
+def test_the_activations_of_a_prefill_are_named_and_shrink_with_what_fits() -> None:
+    shape = RunShape.of(LARGE, C_1024, [None] * 32, torch.bfloat16)
+
+    def needed(batch: int, length: int) -> Needed:
+        return engine_bytes(shape, batch, length, max(0, length - 100))
+
+    # a model whose activations are small next to its cache: 96 wide, against 32 layers of 8 heads of 128
+    assert needed(4, 9000).activations == 4 * 8900 * 2 * (3 * 64 + 2 * 128 + 4 * 4096 + 2 * 1024)
+    assert needed(4, 9000).prefill > needed(4, 9000).decode > needed(4, 9000).prefill - 4 * 8900 * 2 * 19_000
+    with pytest.raises(
+        ResourceError, match=r"GiB needed, 1\.3 of them for the prefill's activations, 4.0 GiB"
+    ):
+        check_fits(needed, 4, 9000, 4 * 2**30)
+    without = engine_bytes(shape, 4, 9000)
+    with pytest.raises(ResourceError, match=r"GiB needed, 4\.0 GiB free; what fits: \d+ positions"):
+        check_fits(lambda batch, length: engine_bytes(shape, batch, length), 4, 9000, 4 * 2**30)
+    assert without.activations == 0 and without.prefill < without.decode
+
+
+@pytest.mark.parametrize(
+    ("overrides", "most"),
+    [
+        ({"intermediate_size": 512}, 1.02),
+        ({}, 1.02),
+        ({"hidden_size": 256}, 1.05),
+        ({"num_attention_heads": 16, "num_key_value_heads": 8}, 1.15),
+    ],
+)
+def test_the_estimate_of_a_prefill_is_what_it_takes(overrides: dict[str, int], most: float) -> None:
+    """The allocator's peak of a prefill, where the MLP is the widest, or the norms, or queries and keys."""
+    model: Any = tiny_model("llama", max_position_embeddings=2048, **overrides)
+    ids = torch.tensor([random_tokens(1000)])
+    settings: dict[str, int] = {"batch_size": 1, "max_len": 1100, "prompt_len": 1000}
+    with DecodeEngine(model, selector_params(model.config), **settings) as opened:
+        opened.prefill(ids, torch.ones_like(ids))
+        opened.cache.keys, opened.cache.values = [], []
+        measured = allocations(lambda: opened.prefill(ids, torch.ones_like(ids))).peak
+        needed = opened.needed_bytes(1, 1100)
+    held = 2**28 + 1100 * 16 * 4
+    assert needed.decode < needed.prefill
+    assert measured / most < needed.prefill - held < measured * most
 
 
 def test_the_estimate_is_what_is_allocated() -> None:
@@ -111,5 +155,5 @@ def test_the_estimate_is_what_is_allocated() -> None:
         states = [tensor for state in opened.sets.states.values() for tensor in vars(state).values()]
         held = opened.resident_bytes + sum(tensor.nbytes for tensor in states)
         scratch = 2 * 2 * 4096 * (4 * 2 + 4 + 1)
-        estimate = opened.needed_bytes(2, 4096) - 2**28 - scratch - 4096 * 64 * 4
+        estimate = opened.needed_bytes(2, 4096).decode - 2**28 - scratch - 4096 * 64 * 4
         assert estimate == pytest.approx(held, rel=0.002)

@@ -20,7 +20,7 @@ from prhs_kernels.runtime.auditing import totals
 from prhs_kernels.runtime.capture import capture
 from prhs_kernels.runtime.decoder_step import DecoderStep
 from prhs_kernels.runtime.index_sets import AuditCoin, IndexSets
-from prhs_kernels.runtime.memory import RunShape, check_fits, engine_bytes, free_bytes
+from prhs_kernels.runtime.memory import Needed, RunShape, check_fits, engine_bytes, free_bytes
 from prhs_kernels.runtime.progress import Progress
 from prhs_kernels.runtime.sampling import Sampling
 from prhs_kernels.runtime.static_cache import StaticCache
@@ -39,6 +39,7 @@ class DecodeEngine:
         model: a supported transformers model; its weights are fused in place (views of one storage).
         params: the selectors; `attention="dense"` runs without any.
         batch_size, max_len: sequences, and cache slots of each: padding, prompt and new tokens.
+        prompt_len: slots that `prefill` will be given, for the memory check; 0 where nothing is prefilled.
         use_graph: capture the step into a CUDA graph; default on CUDA. False runs it directly.
         mode: `released` frees what PSAW and sliding windows no longer reach after the prefill.
         sampling, max_new_tokens, stop_token_ids: how tokens are drawn, how many at most, which end a row.
@@ -55,6 +56,7 @@ class DecodeEngine:
         *,
         batch_size: int,
         max_len: int,
+        prompt_len: int = 0,
         backend: Backend = "auto",
         attention: Attention = "sparse",
         use_graph: bool | None = None,
@@ -74,7 +76,7 @@ class DecodeEngine:
         if reason is not None:
             raise UnsupportedModelError(f"the decode engine cannot run this model: {reason}")
         self.model, self.params, self.mode = model, params, mode
-        self.batch_size, self.max_len = batch_size, max_len
+        self.batch_size, self.max_len, self._prompt_len = batch_size, max_len, prompt_len
         self.device, self.dtype = model.device, model.dtype
         self.attention: Attention = attention
         self.use_graph = self.device.type == "cuda" if use_graph is None else use_graph
@@ -91,7 +93,7 @@ class DecodeEngine:
         """Take the memory that does not depend on a prompt.
 
         Raises:
-            ResourceError: cache, index sets and scratch would not fit.
+            ResourceError: the prefill's activations, or cache, index sets and scratch would not fit.
         """
         check_fits(self.needed_bytes, self.batch_size, self.max_len, free_bytes(self.device))
         self._allocate()
@@ -104,10 +106,11 @@ class DecodeEngine:
         for name in ("_graph", "cache", "sets", "_step", "_counter", "logits"):
             setattr(self, name, None)
 
-    def needed_bytes(self, batch: int, max_len: int) -> int:
-        """Bytes of cache, sets and scratch of this model's run at another size, in audited mode."""
-        shape = RunShape.of(self.params, sliding_windows(self.model), self.dtype)
-        return engine_bytes(shape, batch, max_len)
+    def needed_bytes(self, batch: int, max_len: int) -> Needed:
+        """Of this model's run at another size, its prompt that much shorter, in audited mode."""
+        shape = RunShape.of(self.model.config, self.params, sliding_windows(self.model), self.dtype)
+        prompt_len = max(0, self._prompt_len - (self.max_len - max_len)) if self._prompt_len else 0
+        return engine_bytes(shape, batch, max_len, prompt_len)
 
     def _allocate(self) -> None:
         params, batch = self.params, self.batch_size

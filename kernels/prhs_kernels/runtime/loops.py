@@ -29,6 +29,7 @@ def engine_loop(request: Request, backend: Backend) -> Iterator[list[int | None]
         request.params,
         batch_size=request.ids.shape[0],
         max_len=request.ids.shape[1] + request.max_new_tokens,
+        prompt_len=prefix,
         backend=backend,
         attention=run.attention,
         mode=run.mode,

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from transformers import PreTrainedConfig
 
 from prhs_kernels.errors import ResourceError
 from prhs_kernels.params import SelectorParams
@@ -28,9 +29,16 @@ class RunShape:
     selecting: int  # layers that choose sets
     copied: int  # bytes of a key's low-bit copy, 0 without one
     capacity: Callable[[int], int]  # indices of a set in a cache of so many slots
+    activation: int  # bytes of a prefill's activations per token
 
     @classmethod
-    def of(cls, params: SelectorParams, windows: list[int | None], dtype: torch.dtype) -> RunShape:
+    def of(
+        cls,
+        config: PreTrainedConfig,
+        params: SelectorParams,
+        windows: list[int | None],
+        dtype: torch.dtype,
+    ) -> RunShape:
         """Of a model with these parameters; windows: its own sliding window of every layer."""
         selecting = 0 if params.time is None else len(selecting_layers(params.time))
         return cls(
@@ -42,21 +50,57 @@ class RunShape:
             selecting,
             params.key_copy.scan_bytes(params.head_dim, 0) if selecting else 0,
             functools.partial(set_capacity, params, windows),
+            activation_bytes(config, params, dtype.itemsize),
         )
 
 
-def engine_bytes(shape: RunShape, batch: int, max_len: int) -> int:
-    """Bytes of cache, index sets and scratch of a decode engine, nothing released."""
+@dataclasses.dataclass(frozen=True)
+class Needed:
+    """Bytes of a run at the two heights between which it moves.
+
+    decode: cache, sets and scratch, and one layer of the prompt's cache while that is taken over.
+    prefill: sets and scratch, the prompt's cache, and its activations, which are also named by themselves.
+    """
+
+    decode: int
+    prefill: int
+    activations: int
+
+    @property
+    def most(self) -> int:
+        return max(self.decode, self.prefill)
+
+
+def engine_bytes(shape: RunShape, batch: int, max_len: int, prompt_len: int = 0) -> Needed:
+    """Of a decode engine, nothing released; prompt_len: slots that a prefill runs through the model."""
     rows = batch * shape.num_kv_heads
-    cache = 2 * shape.num_layers * rows * max_len * shape.head_dim * shape.itemsize
-    tables = max_len * shape.head_dim * shape.itemsize
-    if not shape.selecting:
-        return cache + tables + SLACK
-    group = shape.num_qo_heads // shape.num_kv_heads
-    anchors = group * shape.head_dim * shape.itemsize
-    sets = shape.selecting * rows * (4 * shape.capacity(max_len) + anchors + max_len * shape.copied)
-    scratch = rows * max_len * (4 * group + 4 + 1)  # scores, weights, bit masks
-    return cache + tables + sets + scratch + SLACK
+    slot = 2 * rows * shape.head_dim * shape.itemsize  # of one layer
+    held = max_len * shape.head_dim * shape.itemsize + SLACK  # rotary tables
+    if shape.selecting:
+        group = shape.num_qo_heads // shape.num_kv_heads
+        anchors = group * shape.head_dim * shape.itemsize
+        held += shape.selecting * rows * (4 * shape.capacity(max_len) + anchors + max_len * shape.copied)
+        held += rows * max_len * (4 * group + 4 + 1)  # scores, weights, bit masks
+    activations = batch * prompt_len * shape.activation
+    return Needed(
+        decode=held + slot * (shape.num_layers * max_len + prompt_len),
+        prefill=held + slot * shape.num_layers * prompt_len + activations,
+        activations=activations,
+    )
+
+
+def activation_bytes(config: PreTrainedConfig, params: SelectorParams, itemsize: int) -> int:
+    """Bytes per token that a forward pass holds at its highest point, beside weights and cache.
+
+    Embeddings, the layer's input, the residual stream, what a block reads and the rotary tables are there at
+    the same time. On top of these come, in one of the blocks: gate, up and their product; or queries and
+    keys, rotated and not; or the norm's fp32 copies. Attention itself has no workspace that grows with
+    tokens x slots, and logits are those of the last token.
+    """
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    query, key = (heads * params.head_dim for heads in (params.num_qo_heads, params.num_kv_heads))
+    blocks = max(hidden + 3 * mlp, 4 * query + 2 * key, 8 * hidden // itemsize)
+    return (3 * hidden + 2 * params.head_dim + blocks) * itemsize
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -67,25 +111,27 @@ def free_bytes(device: torch.device) -> int | None:
     return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
-def check_fits(needed: Callable[[int, int], int], batch: int, max_len: int, free: int | None) -> None:
+def check_fits(needed: Callable[[int, int], Needed], batch: int, max_len: int, free: int | None) -> None:
     """Refuse a run that does not fit, and say what would.
 
     Args:
-        needed: bytes of a run of (batch, max_len). free: bytes, None where it is not known.
+        needed: by a run of (batch, max_len). free: bytes, None where it is not known.
 
     Raises:
         ResourceError: with both sizes, the longest context and the largest batch that fit.
     """
     wanted = needed(batch, max_len)
-    if free is None or wanted <= free:
+    if free is None or wanted.most <= free:
         return
-    longest = largest_fitting(lambda length: needed(batch, length), max_len, free)
-    most = largest_fitting(lambda size: needed(size, max_len), batch, free)
+    longest = largest_fitting(lambda length: needed(batch, length).most, max_len, free)
+    most = largest_fitting(lambda size: needed(size, max_len).most, batch, free)
     fits = [f"{longest} positions at batch {batch}"] if longest else []
     fits += [f"batch {most} at {max_len} positions"] if most else []
+    prefill = f", {wanted.activations / GIB:.1f} of them for the prefill's activations"
     raise ResourceError(
-        f"not enough device memory for batch {batch} x {max_len} positions: {wanted / GIB:.1f} GiB needed, "
-        f"{free / GIB:.1f} GiB free; " + (f"what fits: {' or '.join(fits)}" if fits else "nothing would fit")
+        f"not enough device memory for batch {batch} x {max_len} positions: {wanted.most / GIB:.1f} GiB "
+        f"needed{prefill if wanted.prefill > wanted.decode else ''}, {free / GIB:.1f} GiB free; "
+        + (f"what fits: {' or '.join(fits)}" if fits else "nothing would fit")
     )
 
 
