@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from prhs_kernels.errors import ResourceError
 from prhs_kernels.runtime.attach import dense_params
+from prhs_kernels.runtime.memory import free_bytes, ran_out
 
 GIB = 2**30  # bytes
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
@@ -20,14 +21,14 @@ _MEMINFO = pathlib.Path("/proc/meminfo")
 
 
 def available(device: torch.device) -> int:
-    """Bytes that can be allocated on `device` now: free CUDA memory, or available host memory.
+    """Bytes that can be allocated on `device` now: free CUDA memory and what torch keeps of it for later, or
+    available host memory.
 
     On the host that is the kernel's estimate (page cache counts as available), capped by the memory limit of
     the container.
     """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return min(_host_available(), _container_available())
+    on_device = free_bytes(device)
+    return on_device if on_device is not None else min(_host_available(), _container_available())
 
 
 def check_memory(needed: int, device: torch.device, what: str) -> None:
@@ -101,7 +102,7 @@ class Room:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not _ran_out(error):
+            if not ran_out(error):
                 raise
             needed, free = self._bytes(tokens, batch), available(self.device)
             raise ResourceError(
@@ -122,14 +123,6 @@ class Room:
 
     def _bytes(self, tokens: int, batch: int) -> int:
         return run_bytes(self.config, tokens, self.dtype, batch=batch, ranks=self.ranks)
-
-
-def _ran_out(error: BaseException) -> bool:
-    """Whether an allocation failed; torch has a type of its own for CUDA only."""
-    texts = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        text in str(error) for text in texts
-    )
 
 
 def _sequences(batch: int, tokens: int) -> str:

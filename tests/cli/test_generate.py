@@ -360,6 +360,31 @@ def test_memory_that_runs_out_all_the_same_is_4_and_keeps_what_is_finished(
     assert len(lines(output.read_text("utf-8"))) == 2
 
 
+@pytest.mark.parametrize("mode", ["audited", "released"])
+def test_memory_that_runs_out_inside_the_prefill_is_4(
+    mode: str, prhs: Prhs, workplace: Workplace, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a layer of the second batch, of the reference loop and of the engine; what was finished is there."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    original, begun = LlamaMLP.forward, []
+
+    def failing(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.shape[1] > 1:  # a prompt
+            begun.append(1)
+            if len(begun) > 6:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        made: torch.Tensor = original(self, hidden)
+        return made
+
+    monkeypatch.setattr(LlamaMLP, "forward", failing)
+    done = prhs(*generation(workplace, questions, "--mode", mode, "--batch-size", 2, "--json"))
+    assert done.code == 4 and len(lines(done.out)) == 2
+    for words in ("out of memory on cpu with", "expected beside the weights", "2 of 4 prompts"):
+        assert words in done.error
+    assert ("--batch-size 1 may fit" if mode == "audited" else "what may fit: ") in done.error
+
+
 def test_unusable_prompts_and_outputs_are_3(
     prhs: Prhs, workplace: Workplace, questions: Path, tmp_path: Path
 ) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
-from prhs_kernels.errors import InputError, UnsupportedModelError, UsageError
+from prhs_kernels.errors import InputError, ResourceError, UnsupportedModelError, UsageError
 from prhs_kernels.ops.backend import has_triton
 from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.ops.retrieve.state import Decision
 from prhs_kernels.ops.spans import span_mask
 from prhs_kernels.ops.step_plan.api import step_plan
 from prhs_kernels.params import DepthParams, FreezeMode, LayerParams, SelectorParams
+from prhs_kernels.runtime import engine as runtime
+from prhs_kernels.runtime import index_sets
 from prhs_kernels.runtime.attach import dense_params, sparse_attention
 from prhs_kernels.runtime.decode import Generation, generate_tokens, left_pad
 from prhs_kernels.runtime.decoder_step import LayerWeights, fuse
@@ -254,6 +257,44 @@ def test_the_model_is_put_back_after_an_exception() -> None:
     assert expected(model, params)[0]
 
 
+@pytest.mark.parametrize("where", ["prefill", "step", "capture", "enter"])
+def test_memory_that_runs_out_inside(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line with both sizes, nothing of the attempt is kept, and the engine goes on."""
+    model: Any = tiny_model("llama")
+    params = selector_params(model.config, **AXES["all"])
+    tokens = expected(model, params)[0]
+    left: list[weakref.ref[torch.Tensor]] = []
+
+    def failing(*_: Any, **__: Any) -> Any:
+        activations = torch.empty(1000)
+        left.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def broken(*_: Any, **__: Any) -> Any:
+        try:
+            failing()
+        finally:  # what ends a capture fails as well, and hides why
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    engine = opened(model, params)
+    with monkeypatch.context() as patch, pytest.raises(ResourceError) as caught:
+        if where == "enter":
+            patch.setattr(runtime, "IndexSets", failing)
+        with engine:
+            if where == "prefill":
+                patch.setattr(model.model.layers[2].mlp, "forward", failing)
+            engine.prefill(*left_pad(PROMPTS, 0))
+            patch.setattr(index_sets.IndexSets, "attend", failing)
+            patch.setattr(runtime, "capture", broken)
+            engine.capture() if where == "capture" else engine.step()
+    assert "out of memory on cpu with batch 3 x 57 positions: about 0." in str(caught.value)
+    assert "what may fit: 28 positions at batch 3 or batch 1 at 57 positions" in str(caught.value)
+    assert [reference() for reference in left] == [None], "held by a frame of the exception"
+    assert getattr(engine, "cache", None) is None and model.config._attn_implementation == "sdpa"
+    with engine:
+        assert decoded(engine) == tokens
+
+
 def test_what_the_engine_refuses() -> None:
     model: Any = tiny_model("llama")
     params = selector_params(model.config, time={"reanchor": False})
@@ -343,8 +384,6 @@ def test_an_audit_by_a_coin_covers_the_truth_and_changes_nothing() -> None:
 
 @pytest.mark.skipif(not has_triton(), reason="needs triton")
 def test_a_backend_that_cannot_run_here_is_refused() -> None:
-    from prhs_kernels.errors import ResourceError
-
     model = tiny_model("llama", head_dim=64)
     with pytest.raises(ResourceError, match="needs a CUDA device"):
         next(generate_tokens(model, PROMPTS, dense_params(model.config), max_new_tokens=2, backend="triton"))

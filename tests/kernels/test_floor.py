@@ -9,7 +9,7 @@ import torch
 
 from prhs_kernels.errors import ResourceError
 from prhs_kernels.params import DepthParams
-from prhs_kernels.runtime import decode, engine
+from prhs_kernels.runtime import decode, memory
 from prhs_kernels.runtime.decode import Generation, generate_tokens
 from prhs_kernels.runtime.engine import DecodeEngine
 from prhs_kernels.runtime.floor import DENSE_LAUNCHES, SECONDS_PER_LAUNCH, memory_bandwidth, step_floor
@@ -97,7 +97,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.
     with pytest.raises(ResourceError, match="nothing would fit"):
         check_fits(needed, 16, 32768, 0)
     model: Any = tiny_model("llama")
-    monkeypatch.setattr(engine, "free_bytes", lambda _: 2**28)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 2**28)
     opened = DecodeEngine(model, selector_params(model.config), batch_size=2, max_len=128)
     with pytest.raises(ResourceError, match="batch 2 x 128 positions"), opened:
         pass
@@ -113,7 +113,7 @@ def test_the_activations_of_a_prefill_are_named_and_shrink_with_what_fits() -> N
     assert needed(4, 9000).activations == 4 * 8900 * 2 * (3 * 64 + 2 * 128 + 4 * 4096 + 2 * 1024)
     assert needed(4, 9000).prefill > needed(4, 9000).decode > needed(4, 9000).prefill - 4 * 8900 * 2 * 19_000
     with pytest.raises(
-        ResourceError, match=r"GiB needed, 1\.3 of them for the prefill's activations, 4.0 GiB"
+        ResourceError, match=r"GiB \(1\.3 of them for the prefill's activations\) needed, 4.0 GiB"
     ):
         check_fits(needed, 4, 9000, 4 * 2**30)
     without = engine_bytes(shape, 4, 9000)
@@ -140,7 +140,7 @@ def test_the_estimate_of_a_prefill_is_what_it_takes(overrides: dict[str, int], m
         opened.prefill(ids, torch.ones_like(ids))
         opened.cache.keys, opened.cache.values = [], []
         measured = allocations(lambda: opened.prefill(ids, torch.ones_like(ids))).peak
-        needed = opened.needed_bytes(1, 1100)
+        needed = opened.memory.needed(1, 1100)
     held = 2**28 + 1100 * 16 * 4
     assert needed.decode < needed.prefill
     assert measured / most < needed.prefill - held < measured * most
@@ -155,5 +155,5 @@ def test_the_estimate_is_what_is_allocated() -> None:
         states = [tensor for state in opened.sets.states.values() for tensor in vars(state).values()]
         held = opened.resident_bytes + sum(tensor.nbytes for tensor in states)
         scratch = 2 * 2 * 4096 * (4 * 2 + 4 + 1)
-        estimate = opened.needed_bytes(2, 4096).decode - 2**28 - scratch - 4096 * 64 * 4
+        estimate = opened.memory.needed(2, 4096).decode - 2**28 - scratch - 4096 * 64 * 4
         assert estimate == pytest.approx(held, rel=0.002)

@@ -11,6 +11,7 @@ import torch
 
 from prhs_kernels.bench.shapes import Point
 from prhs_kernels.bench.timing import Calls, Timing, copies_for, measure
+from prhs_kernels.errors import ResourceError
 from prhs_kernels.ops.dense_decode.api import dense_decode
 from prhs_kernels.ops.spans import candidate_spans
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
@@ -107,7 +108,7 @@ def failure(row: Row, error: Exception, needed: str = "") -> Row:
     """The row with what went wrong; `needed` says how much memory it takes."""
     if isinstance(error, AssertionError):
         return dataclasses.replace(row, status="wrong", error=f"wrong result, not timed: {describe(error)}")
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if isinstance(error, torch.cuda.OutOfMemoryError | ResourceError):  # the engine's says what it needs
         text = f"{needed}: {describe(error)}" if needed else describe(error)
         return dataclasses.replace(row, status="out of memory", error=text)
     return dataclasses.replace(row, status="failed", error=describe(error))

@@ -17,7 +17,7 @@ from prhs_kernels.bench.prefill_cases import LOCAL, SINKS, PrefillProblem, visib
 from prhs_kernels.bench.shapes import ModelShape, Point
 from prhs_kernels.bench.timing import Timing
 from prhs_kernels.params import DepthParams, LayerParams, SelectorParams
-from prhs_kernels.runtime.attach import sparse_attention
+from prhs_kernels.runtime.prefill import prefill
 from prhs_kernels.testing.tolerances import assert_as_exact_as
 
 REPEATS = 3
@@ -119,28 +119,16 @@ def check(case: ModelCase, device: str, dtype: torch.dtype) -> None:
     model = random_model(small, CHECKED_TOKENS, dtype, device)
     ids = torch.randint(small.vocabulary, (1, CHECKED_TOKENS), generator=torch.Generator().manual_seed(0))
     params = case.params(small)
-    found = prefill(model, params, ids.to(device)).cpu()
+    found = _logits(model, params, ids.to(device)).cpu()
     host: Any = copy.deepcopy(model).cpu()
-    stock = prefill(host, params, ids)
-    exact = prefill(host.double(), params, ids)
+    stock = _logits(host, params, ids)
+    exact = _logits(host.double(), params, ids)
     assert_as_exact_as(found, stock, exact, "logits")
 
 
-@torch.inference_mode()
-def prefill(model: PreTrainedModel, params: SelectorParams, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the last token of prompts `[batch, tokens]` without padding."""
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    with sparse_attention(model, params) as cache:
-        run_model: Any = model
-        output = run_model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            position_ids=positions,
-            past_key_values=cache,
-            logits_to_keep=1,
-        )
-    logits: torch.Tensor = output.logits[:, -1]
-    return logits
+def _logits(model: PreTrainedModel, params: SelectorParams, ids: torch.Tensor) -> torch.Tensor:
+    """Of the last token of prompts `[batch, tokens]` without padding."""
+    return prefill(model, params, ids, torch.ones_like(ids))[0]
 
 
 def _time(case: ModelCase, device: str, dtype: torch.dtype) -> Timing:
@@ -150,7 +138,7 @@ def _time(case: ModelCase, device: str, dtype: torch.dtype) -> Timing:
     times = []
     for _ in range(1 + REPEATS if device != "cpu" else 1):
         began = time.perf_counter()
-        prefill(model, case.params(point.shape), ids).cpu()
+        _logits(model, case.params(point.shape), ids).cpu()
         times.append((time.perf_counter() - began) * 1e6)
     return Timing.of(times[1:] or times)
 

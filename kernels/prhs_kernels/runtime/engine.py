@@ -14,13 +14,14 @@ from prhs_kernels.errors import UnsupportedModelError, UsageError
 from prhs_kernels.ops.backend import Backend, use_triton
 from prhs_kernels.ops.step_plan.api import PlanRule, StepPlan, step_plan
 from prhs_kernels.params import SelectorParams
-from prhs_kernels.runtime.attach import check_params, check_supported, dense_params, sparse_attention
+from prhs_kernels.runtime.attach import check_params, check_supported, dense_params
 from prhs_kernels.runtime.audit import Audit
 from prhs_kernels.runtime.auditing import totals
 from prhs_kernels.runtime.capture import capture
 from prhs_kernels.runtime.decoder_step import DecoderStep
 from prhs_kernels.runtime.index_sets import AuditCoin, IndexSets
-from prhs_kernels.runtime.memory import Needed, RunShape, check_fits, engine_bytes, free_bytes
+from prhs_kernels.runtime.memory import RunMemory, RunShape
+from prhs_kernels.runtime.prefill import prefill
 from prhs_kernels.runtime.progress import Progress
 from prhs_kernels.runtime.sampling import Sampling
 from prhs_kernels.runtime.static_cache import StaticCache
@@ -76,7 +77,7 @@ class DecodeEngine:
         if reason is not None:
             raise UnsupportedModelError(f"the decode engine cannot run this model: {reason}")
         self.model, self.params, self.mode = model, params, mode
-        self.batch_size, self.max_len, self._prompt_len = batch_size, max_len, prompt_len
+        self.batch_size, self.max_len = batch_size, max_len
         self.device, self.dtype = model.device, model.dtype
         self.attention: Attention = attention
         self.use_graph = self.device.type == "cuda" if use_graph is None else use_graph
@@ -87,6 +88,8 @@ class DecodeEngine:
         self._stops = stop_token_ids
         self._audit = None if audit is None else (audit, audit_seed)
         self._open = False
+        shape = RunShape.of(model.config, params, sliding_windows(model), self.dtype)
+        self.memory = RunMemory(shape, batch_size, max_len, prompt_len, self.device)
 
     @torch.inference_mode()
     def __enter__(self) -> DecodeEngine:
@@ -95,8 +98,13 @@ class DecodeEngine:
         Raises:
             ResourceError: the prefill's activations, or cache, index sets and scratch would not fit.
         """
-        check_fits(self.needed_bytes, self.batch_size, self.max_len, free_bytes(self.device))
-        self._allocate()
+        self.memory.check()
+        try:
+            with self.memory.explained():
+                self._allocate()
+        except BaseException:
+            self.__exit__()
+            raise
         self._open = True
         return self
 
@@ -105,12 +113,6 @@ class DecodeEngine:
         self._open = False
         for name in ("_graph", "cache", "sets", "_step", "_counter", "logits"):
             setattr(self, name, None)
-
-    def needed_bytes(self, batch: int, max_len: int) -> Needed:
-        """Of this model's run at another size, its prompt that much shorter, in audited mode."""
-        shape = RunShape.of(self.model.config, self.params, sliding_windows(self.model), self.dtype)
-        prompt_len = max(0, self._prompt_len - (self.max_len - max_len)) if self._prompt_len else 0
-        return engine_bytes(shape, batch, max_len, prompt_len)
 
     def _allocate(self) -> None:
         params, batch = self.params, self.batch_size
@@ -133,6 +135,9 @@ class DecodeEngine:
 
         The keys and values then lie in static buffers; decode steps continue from there. The mask is 0 on
         padding and 1 on tokens.
+
+        Raises:
+            ResourceError: the memory did not suffice all the same. The engine can be used further.
         """
         self._check_open()
         batch, length = ids.shape
@@ -142,25 +147,18 @@ class DecodeEngine:
                 f"max_len = {self.max_len}"
             )
         ids, mask = ids.to(self.device), mask.to(self.device)
-        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-        with sparse_attention(self.model, self.params) as cache:
-            cache.backend = self.backend
-            model: Any = self.model
-            logits = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                logits_to_keep=1,
-            ).logits[:, -1]
+        self._graph, self.cache = None, StaticCache()  # what the last prompt left is in the way
+        with self.memory.explained():
+            logits, cache = prefill(self.model, self.params, ids, mask, self.backend)
             self._restart(length, (mask == 0).sum(dim=-1))
             shift = self._shifts()
             self.dense_bytes = cache.dense_bytes_of(self.max_len)  # with the room that ours has
-            self._graph = None  # it would go on with the buffers of the last prompt
-            self.cache.take(cache, self.max_len, self.plan_rule.padding, shift, self.params.num_sinks)
+            taken = StaticCache()
+            taken.take(cache, self.max_len, self.plan_rule.padding, shift, self.params.num_sinks)
             self.plan_rule.shift.copy_(torch.tensor(shift))
-            self.sets.copy_keys(self.cache.keys, [length - moved for moved in shift])
-        return logits  # type: ignore[no-any-return]
+            self.sets.copy_keys(taken.keys, [length - moved for moved in shift])
+            self.cache = taken
+        return logits
 
     @torch.inference_mode()
     def continue_from(self, cache: StaticCache, kv_len: int) -> None:
@@ -232,7 +230,8 @@ class DecodeEngine:
                 self.capture()
             self._graph.replay()
         else:
-            self._run()
+            with self.memory.explained():
+                self._run()
         self.length += 1
         return self._progress.token
 
@@ -266,11 +265,16 @@ class DecodeEngine:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record the step into a CUDA graph; what the warm-up changed is put back."""
+        """Record the step into a CUDA graph; what the warm-up changed is put back.
+
+        Raises:
+            ResourceError: the memory did not suffice for the step's tensors.
+        """
         self._check_open()
         # not the cache: its new slots are not read before they are written
         changing = [*self._progress.changing(), self._counter.totals, *self.sets.changing()]
-        self._graph = capture(self._run, changing, self.device)
+        with self.memory.explained():
+            self._graph = capture(self._run, changing, self.device)
 
     @torch.inference_mode()
     def stats(self) -> DecodeStats:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import PreTrainedConfig
@@ -125,14 +127,80 @@ def check_fits(needed: Callable[[int, int], Needed], batch: int, max_len: int, f
         return
     longest = largest_fitting(lambda length: needed(batch, length).most, max_len, free)
     most = largest_fitting(lambda size: needed(size, max_len).most, batch, free)
-    fits = [f"{longest} positions at batch {batch}"] if longest else []
-    fits += [f"batch {most} at {max_len} positions"] if most else []
-    prefill = f", {wanted.activations / GIB:.1f} of them for the prefill's activations"
+    fits = _sizes(batch, max_len, most, longest)
     raise ResourceError(
-        f"not enough device memory for batch {batch} x {max_len} positions: {wanted.most / GIB:.1f} GiB "
-        f"needed{prefill if wanted.prefill > wanted.decode else ''}, {free / GIB:.1f} GiB free; "
-        + (f"what fits: {' or '.join(fits)}" if fits else "nothing would fit")
+        f"not enough device memory for batch {batch} x {max_len} positions: {_gib(wanted)} needed, "
+        f"{free / GIB:.1f} GiB free; {f'what fits: {fits}' if fits else 'nothing would fit'}"
     )
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an allocation failed, or an exception that came up while that one passed says otherwise.
+
+    torch has a type of its own for CUDA only, and the end of a broken graph capture fails as well.
+    """
+    texts = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return any(
+        isinstance(cause, MemoryError | torch.OutOfMemoryError) or any(text in str(cause) for text in texts)
+        for cause in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those during which it came up."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _gib(needed: Needed) -> str:
+    own = f" ({needed.activations / GIB:.1f} of them for the prefill's activations)"
+    return f"{needed.most / GIB:.1f} GiB{own if needed.prefill > needed.decode else ''}"
+
+
+def _sizes(batch: int, max_len: int, fewer: int, shorter: int) -> str:
+    """The two ways to a smaller run; 0 for one that does not exist."""
+    sizes = [f"{shorter} positions at batch {batch}"] if shorter else []
+    return " or ".join([*sizes, *([f"batch {fewer} at {max_len} positions"] if fewer else [])])
+
+
+@dataclasses.dataclass(frozen=True)
+class RunMemory:
+    """The memory of one run: `batch` sequences in `max_len` slots, prompts of `prompt_len` of them."""
+
+    shape: RunShape
+    batch: int
+    max_len: int
+    prompt_len: int
+    device: torch.device
+
+    def needed(self, batch: int, max_len: int) -> Needed:
+        """By a run of another size, its prompts that much shorter, in audited mode."""
+        prompt_len = max(0, self.prompt_len - (self.max_len - max_len)) if self.prompt_len else 0
+        return engine_bytes(self.shape, batch, max_len, prompt_len)
+
+    def check(self) -> None:
+        """ResourceError if the device has too little free, with what would fit."""
+        check_fits(self.needed, self.batch, self.max_len, free_bytes(self.device))
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn an allocation that failed all the same into a ResourceError that says what may fit."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            for cause in _chain(error):
+                traceback.clear_frames(cause.__traceback__)  # they hold activations
+            free = free_bytes(self.device)
+            left = "" if free is None else f", {free / GIB:.1f} GiB free after it failed"
+            fits = _sizes(self.batch, self.max_len, self.batch // 2, self.max_len // 2)
+            raise ResourceError(
+                f"out of memory on {self.device} with batch {self.batch} x {self.max_len} positions: about "
+                f"{_gib(self.needed(self.batch, self.max_len))} expected beside the weights{left}; what may "
+                f"fit: {fits}"
+            ) from error
 
 
 def largest_fitting(needed: Callable[[int], int], most: int, free: int) -> int:
