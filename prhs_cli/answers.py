@@ -75,7 +75,8 @@ class AnswerFile:
         try:
             lines = self.path.read_bytes().split(b"\n")
         except OSError as error:
-            raise InputError(f"cannot read {self.path}: {(error.strerror or '').lower()}") from None
+            reason = (error.strerror or "").lower()
+            raise InputError(f"cannot read {self.path}: {reason}; give another --output") from None
         for number, line in enumerate(lines[:-1], start=1):
             try:
                 answer = json.loads(line)

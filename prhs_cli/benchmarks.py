@@ -55,7 +55,7 @@ class Request:
         for name in ("kept", "retrieval", "fractions", "key_copies", "bundle", "tune"):
             if getattr(self, name) and name not in APPLIES[self.what]:
                 option = OPTIONS.get(name, f"--{name}")
-                raise UsageError(f"{option} has no meaning in prhs bench {self.what}")
+                raise UsageError(f"{option} has no meaning in prhs bench {self.what}; leave it out")
 
     @property
     def module(self) -> ModuleType:
@@ -127,13 +127,15 @@ def run(
     """Measure what the result file does not hold yet; return its path and content."""
     from prhs_kernels.bench.session import Session, choose_device, choose_dtype, device_name
 
+    asked = request.plan(toy=False)  # a wrong argument is the thing to say first, also where there is no GPU
+    choose_dtype(dtype, "cuda")
     place = choose_device(device)
     kind, number = f"bench-{request.what}", choose_dtype(dtype, place)
     if place == "cpu":
         out.note(
             "no GPU: a trial at toy size in triton's interpreter, its times mean nothing; sizes are not used"
         )
-    plan = request.plan(toy=place == "cpu")
+    plan = request.plan(toy=True) if place == "cpu" else asked
     facts = {"device": device_name(place), "dtype": str(number).removeprefix("torch.")}
     result = File.open(out, output, kind, plan, facts, request.module.derive)
     session = Session(result.rows, result.write, seconds=seconds)

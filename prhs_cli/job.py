@@ -168,7 +168,9 @@ class Job:
 def settings(backend: str, mode: str, audit: float | None, *, compares: bool) -> dict[str, Any]:
     """Arguments of `generate_tokens`; UsageError for options that exclude each other."""
     if audit is not None and mode == "released":
-        raise UsageError("--audit and --mode released exclude each other: what was freed cannot be measured")
+        raise UsageError(
+            "--audit and --mode released exclude each other: what was freed cannot be measured; leave one out"
+        )
     # whoever compares, audits, releases or names a backend wants sparse attention, be it slower
     fallback = backend == "auto" and mode == "audited" and audit is None and not compares
     return {"backend": backend, "mode": mode, "audit": audit, "dense_fallback": fallback}

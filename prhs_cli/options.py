@@ -10,10 +10,16 @@ import typer
 
 
 def _fraction(value: float | None) -> float | None:
+    return _between(value, "0.02 means 2 % of the mass")
+
+
+def _confidence(value: float) -> float | None:
+    return _between(value, "0.95 errs in one of twenty cases")
+
+
+def _between(value: float | None, example: str) -> float | None:
     if value is not None and not 0 < value < 1:  # also refuses nan
-        raise typer.BadParameter(
-            f"{value:g} is not between 0 and 1 (both excluded); 0.02 means 2 % of the mass"
-        )
+        raise typer.BadParameter(f"{value:g} is not between 0 and 1 (both excluded); {example}")
     return value
 
 
@@ -142,7 +148,7 @@ BundleDelta = Annotated[
     ),
 ]
 Confidence = Annotated[
-    float, typer.Option(callback=_fraction, metavar="X", help="Confidence of the interval, in (0, 1).")
+    float, typer.Option(callback=_confidence, metavar="X", help="Confidence of the interval, in (0, 1).")
 ]
 ContextLength = Annotated[
     int | None,

@@ -36,7 +36,9 @@ def _encode(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
         rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     except Exception as error:  # templates raise what they like
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the chat template refuses {prompt.where}: {reason}") from error
+        raise InputError(
+            f"the chat template refuses {prompt.where}: {reason}; change it, or give plain text with --raw"
+        ) from error
     # the template writes the special tokens itself
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 

@@ -179,5 +179,7 @@ def read_metadata(path: pathlib.Path) -> BundleMetadata:
     """Metadata of a bundle file without reading its tensors; InputError when it is not a bundle."""
     header = files.read_header(path)
     if METADATA_KEY not in header.metadata:
-        raise InputError(f"{path} is not a bundle: it is a safetensors file without prhs metadata")
+        raise InputError(
+            f"{path} is not a bundle but some other safetensors file; give one that `prhs calibrate` wrote"
+        )
     return BundleMetadata.from_json(header.metadata[METADATA_KEY], str(path))

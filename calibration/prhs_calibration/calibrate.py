@@ -77,12 +77,13 @@ def calibrate(
         target: "expected" or "high-probability" (docs/guarantees.md).
 
     Raises:
-        UsageError: δ outside (0, 1), unknown axis or key copy, or too few prompts for this δ.
+        UsageError: δ outside (0, 1), unknown axis or key copy, too few prompts for this δ, or a length beyond
+            the model's context.
         InputError: text that does not fill the prompts.
     """
     _check(delta, num_prompts, axes, key_copy, target, confidence)
     report = progress or (lambda stage, done, total: None)
-    length = min(context_length or loaded.context_length, loaded.context_length)
+    length = loaded.prompt_length(context_length)
     sizes: dict[corpus.Split, int] = {
         "fit": fit_prompts or fit_prompts_for(num_prompts),
         "select": num_prompts,

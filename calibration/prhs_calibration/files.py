@@ -68,9 +68,9 @@ def read_header(path: pathlib.Path) -> SafetensorsHeader:
             length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
             text = file.read(length) if length <= min(file_size - 8, _MAX_HEADER) else file.read(1)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {reason(error)}") from error
+        raise InputError(f"cannot read {path}: {reason(error)}; check the path") from error
     if text[:1] != b"{":
-        raise InputError(f"{path} is not a safetensors file")
+        raise InputError(f"{path} is not a safetensors file; check the path")
     if len(text) < length:
         raise InputError(f"{path} is truncated: it ends inside its header; copy or make it again")
     header = _parse_header(path, text)
@@ -102,7 +102,7 @@ def _parse_header(path: pathlib.Path, text: bytes) -> dict[str, Any]:
             if not valid:
                 raise ValueError(name)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is not a safetensors file, or its header is damaged") from error
+        raise InputError(f"{path} is not a safetensors file, or damaged; copy or make it again") from error
     return dict(header)
 
 

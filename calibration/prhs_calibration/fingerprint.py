@@ -141,7 +141,7 @@ def hash_files(paths: list[pathlib.Path]) -> str:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise InputError(f"cannot read {path}: {files.reason(error)}") from error
+            raise InputError(f"cannot read {path}: {files.reason(error)}; check the path") from error
         digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
     return "sha256:" + digest.hexdigest()
 

@@ -46,6 +46,20 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
 
+    def prompt_length(self, asked: int | None) -> int:
+        """Tokens of the longest prompt: what was asked for, else the context; see `check_length`."""
+        return check_length(asked or self.context_length, self.context_length, self.model_id)
+
+
+def check_length(asked: int, context_length: int, model_id: str) -> int:
+    """`asked` tokens; UsageError beyond the context, of which no prompt says anything."""
+    if asked > context_length:
+        raise UsageError(
+            f"context length {asked} is beyond the context of {model_id}, {context_length} tokens; "
+            "give at most that"
+        )
+    return asked
+
 
 @dataclasses.dataclass(frozen=True)
 class KnownModel:
@@ -182,7 +196,9 @@ def load_config(source: Source) -> PreTrainedConfig:
         if min(*sizes, config.max_position_embeddings) < 1:
             raise ValueError(f"sizes must be positive, not {sizes}")
     except Exception as error:  # the validation errors of configs have no common base
-        raise InputError(f"{source.folder / 'config.json'} is unusable: {one_line(error)}") from error
+        raise InputError(
+            f"{source.folder / 'config.json'} is unusable: {one_line(error)}; download the model again"
+        ) from error
     fingerprint.check_supported(config, source.model_id)
     return config
 
@@ -224,7 +240,8 @@ def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # the tokenizers library raises bare Exception
         raise InputError(
-            f"{source.model_id}: the tokenizer in {source.folder} cannot be loaded: {one_line(error)}"
+            f"{source.model_id}: the tokenizer in {source.folder} cannot be loaded: {one_line(error)}; "
+            "download or copy it again"
         ) from error
     # decoder-only models continue at the right end of a batch; Llama and Mistral come without a padding token
     tokenizer.padding_side = "left"
@@ -266,7 +283,8 @@ def _load_weights(
         ) from error
     except Exception as error:  # safetensors, transformers and torch raise types of their own
         raise InputError(
-            f"{source.model_id}: the weights in {source.folder} cannot be loaded: {one_line(error)}"
+            f"{source.model_id}: the weights in {source.folder} cannot be loaded: {one_line(error)}; "
+            "download or copy them again"
         ) from error
     loaded.eval()
     return loaded
@@ -285,7 +303,7 @@ def _check_complete(source: Source, info: dict[str, Any]) -> None:
             first = sorted(str(key) for key in keys)[0]
             raise InputError(
                 f"{source.model_id}: {len(keys)} weights in {source.folder} are {kind}, first {first}; "
-                "the files do not belong to this config.json"
+                "the files do not belong to this config.json; download or copy the model again"
             )
 
 

@@ -129,13 +129,18 @@ def read_result(path: Path, *, kind: str | None = None) -> dict[str, Any]:
             f"{path} is not a result file of prhs: not valid JSON; run the command again"
         ) from None
     if not isinstance(content, dict) or not _KEYS <= content.keys():
-        raise InputError(f"{path} is not a result file of prhs: it needs the keys {', '.join(sorted(_KEYS))}")
+        raise InputError(
+            f"{path} is not a result file of prhs: it needs the keys {', '.join(sorted(_KEYS))}; "
+            "give what a command wrote with --output"
+        )
     if content["schema"] != SCHEMA:
         raise InputError(
             f"{path} has schema {content['schema']}, this prhs reads {SCHEMA}; use the version that wrote it"
         )
     if kind is not None and content["kind"] != kind:
-        raise InputError(f"{path} holds a result of kind {content['kind']!r}, needed is {kind!r}")
+        raise InputError(
+            f"{path} holds a result of kind {content['kind']!r}, needed is {kind!r}; give a file of that kind"
+        )
     return content
 
 

@@ -50,9 +50,9 @@ def _json_lines(path: Path, text: str) -> str:
             part = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f'corpus {path} line {number} is not a JSON object with a "text" field'
+                f'corpus {path} line {number} is not a JSON object with a "text" field; repair it'
             ) from error
         if not isinstance(part, str):
-            raise InputError(f'corpus {path} line {number}: "text" is not a string')
+            raise InputError(f'corpus {path} line {number}: "text" is not a string; repair it')
         parts.append(part)
     return "\n".join(parts)

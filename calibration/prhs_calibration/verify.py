@@ -186,7 +186,7 @@ def verify_bound(
     decode step.
 
     Raises:
-        UsageError: δ or confidence outside (0, 1), no prompts.
+        UsageError: δ or confidence outside (0, 1), no prompts, a length beyond the model's context.
         InputError: the bundle is for another model or cannot promise δ; sets were never reused.
     """
     if not 0 < confidence < 1 or num_prompts < 1:
@@ -197,7 +197,9 @@ def verify_bound(
     report = progress or (lambda stage, done, total: None)
     index = bundle.dial_for(delta)
     params = bundle.params(index)
-    length = min(context_length or bundle.metadata.context_length, loaded.context_length)
+    length = loaded.prompt_length(
+        context_length or min(bundle.metadata.context_length, loaded.context_length)
+    )
     needed = memory.run_bytes(loaded.model.config, length, loaded.model.dtype, DECODE_STEPS)
     memory.check_memory(needed, loaded.model.device, f"verification prompts of {length} tokens")
     prompts = corpus.build(

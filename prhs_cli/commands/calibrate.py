@@ -122,8 +122,10 @@ def _cost(
     """What a calibration would take, from the model's config alone."""
     from prhs_calibration import calibrate, hub, models
 
-    config = models.load_config(hub.locate(name, revision))
-    length = min(context_length or config.max_position_embeddings, config.max_position_embeddings)
+    source = hub.locate(name, revision)
+    config = models.load_config(source)
+    most = config.max_position_embeddings
+    length = models.check_length(context_length or most, most, source.model_id)
     cost = calibrate.estimate_cost(
         config, num_prompts=prompts, fit_prompts=fit_prompts, context_length=length
     )

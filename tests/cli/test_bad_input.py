@@ -56,7 +56,7 @@ def rewrite_metadata(source: Path, target: Path, **changes: object) -> Path:
         (["calibrate", "reference", "--prompts", "0"], "--prompts"),
         (["calibrate", "reference", "--target", "worst"], "--target"),
         (["verify-bound", "--delta", "-1"], "not between 0 and 1"),
-        (["verify-bound", "--confidence", "1"], "not between 0 and 1"),
+        (["verify-bound", "--confidence", "1"], "not between 0 and 1 (both excluded); 0.95"),
         (["generate"], "--prompt-file"),
         (["generate", "--prompt-file", "x", "--temperature", "-1"], ">= 0"),
         (["generate", "--prompt-file", "x", "--top-p", "0"], "(0, 1]"),
@@ -81,6 +81,21 @@ def test_axes_and_devices_that_cannot_be_meant_are_2(prhs: Prhs, workplace: Work
         done = prhs("calibrate", workplace.model, option, value)
         assert done.code == 2, done
         assert value.split(",")[-1] in done.error
+
+
+def test_a_length_beyond_the_context_is_2(prhs: Prhs, workplace: Workplace, tmp_path: Path) -> None:
+    output = tmp_path / "result"
+    asked = ("--context-length", 513, "--model", workplace.model, "--bundle", workplace.bundle, "-o", output)
+    for command in (
+        ("calibrate", workplace.model, "--context-length", 513, "-o", output),
+        ("calibrate", workplace.model, "--context-length", 513, "--dry-run"),
+        ("verify-bound", *asked),
+        ("analyze", "posterior-bias", *asked),
+    ):
+        done = prhs(*command)
+        assert done.code == 2, done
+        assert "length 513 is beyond the context" in done.error and "512 tokens" in done.error
+        assert not output.exists()
 
 
 def test_too_few_prompts_for_the_asked_delta_is_2(prhs: Prhs, workplace: Workplace, tmp_path: Path) -> None:

@@ -150,9 +150,14 @@ def test_dry_run(prhs: Prhs, monkeypatch: pytest.MonkeyPatch, own_data_folder: P
         (["--bundle", "/absent.safetensors"], 3, "/absent.safetensors"),
     ],
 )
-def test_bad_input(prhs: Prhs, arguments: list[str], code: int, words: str) -> None:
-    done = prhs("bench", "operator", "--dry-run", *arguments)
-    assert done.code == code and words in done.error
+def test_bad_input_is_said_also_where_there_is_no_gpu(
+    prhs: Prhs, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, words: str
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for dry in (["--dry-run"], []):
+        done = prhs("bench", "operator", *dry, *arguments)
+        assert done.code == code and words in done.error
 
 
 def test_an_unknown_key_copy(prhs: Prhs) -> None:
@@ -165,6 +170,14 @@ def test_other_result_is_not_overwritten(prhs: Prhs, benchmark: Benchmark, tmp_p
     path.write_text("{}")
     done = prhs("bench", "operator", "-o", path)
     assert done.code == 3 and path.read_text() == "{}"
+
+
+@pytest.mark.parametrize(("device", "words"), [("gpu0", "give auto or cuda:N"), ("cpu", "not a CUDA device")])
+def test_wrong_devices(prhs: Prhs, monkeypatch: pytest.MonkeyPatch, device: str, words: str) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(session, "has_triton", lambda: True)
+    done = prhs("bench", "prefill", "--device", device)
+    assert done.code == 2 and words in done.error
 
 
 def test_no_gpu(prhs: Prhs, monkeypatch: pytest.MonkeyPatch) -> None:

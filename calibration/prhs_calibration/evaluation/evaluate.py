@@ -113,7 +113,8 @@ def open_store(loaded: LoadedModel, bundle: Bundle | None, plan: Plan, **more: A
     longest = max(plan.lengths, default=0)
     if longest > loaded.context_length:
         raise UsageError(
-            f"length {longest} is beyond the context of {loaded.model_id}, {loaded.context_length} tokens"
+            f"length {longest} is beyond the context of {loaded.model_id}, {loaded.context_length} tokens; "
+            "give smaller lengths"
         )
     conditions = {
         "plan": dataclasses.asdict(plan),

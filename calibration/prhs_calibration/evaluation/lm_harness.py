@@ -55,8 +55,8 @@ def require(names: Sequence[str]) -> None:
     """UsageError when there are tasks that are not built in and the harness is not installed."""
     if names and importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
-            f"task {names[0]!r} is not built in, and for public benchmarks the extra 'eval' "
-            "(lm-evaluation-harness) is missing: pip install 'prhs[eval]'"
+            f"task {names[0]!r} is not built in as {', '.join(TASKS)} are, and for public benchmarks the "
+            "extra 'eval' (lm-evaluation-harness) is missing: pip install 'prhs[eval]'"
         )
 
 

@@ -57,7 +57,7 @@ def analyze(
     if num_prompts < 1:
         raise UsageError(f"{num_prompts} prompts: at least 1 is needed")
     bundle.check_model(loaded.fingerprint)
-    length = loaded.context_length if context_length is None else context_length
+    length = loaded.prompt_length(context_length)
     prompts = corpus.build(
         loaded.tokenizer, count=num_prompts, context_length=length, seed=seed, split="verify", sources=None
     )

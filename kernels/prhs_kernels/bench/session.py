@@ -67,15 +67,20 @@ def choose_device(asked: str) -> str:
     Raises:
         ResourceError: no CUDA device or no triton. UsageError: a device that is not there, or the CPU.
     """
+    kind = asked.partition(":")[0]
+    if kind not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {asked!r} is not known; give auto or cuda:N")
     if not has_triton():
-        raise ResourceError("prhs bench needs the package triton, which the CUDA build of torch brings")
+        raise ResourceError(
+            "prhs bench needs the package triton, which the CUDA build of torch brings; install that one"
+        )
     if interpreted():
-        if asked not in ("auto", "cpu"):
+        if kind == "cuda":
             raise UsageError(
                 f"device {asked!r}: TRITON_INTERPRET=1 runs on the CPU; unset it or use --device cpu"
             )
         return "cpu"
-    if asked.partition(":")[0] not in ("auto", "cuda"):
+    if kind == "cpu":
         raise UsageError(
             f"device {asked!r} is not a CUDA device; TRITON_INTERPRET=1 tries the benchmark on a CPU"
         )
