@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from prhs_kernels.errors import UsageError
-from prhs_kernels.ops.audit.state import LayerAudit
+from prhs_kernels.ops.audit.state import AuditTotals
 from prhs_kernels.runtime.audit import Audit
 
 
@@ -79,12 +79,8 @@ def merged(audits: Sequence[Audit]) -> Audit:
     return Audit(**sums, probability=audits[0].probability)
 
 
-def totals(layers: Iterable[LayerAudit], dense_units: float, probability: float) -> Audit:
-    """What the decode engine's layers counted on the device; waits for it.
-
-    dense_units: of the layers without sets, which drop nothing: they are exact.
-    """
-    found = [layer.totals() for layer in layers]
+def totals(found: Sequence[AuditTotals], dense_units: float, probability: float) -> Audit:
+    """What the decode engine counted by layer; dense_units: of layers that keep everything: exact."""
     return Audit(
         exact_units=dense_units + sum(layer.exact_units for layer in found),
         exact_mass=sum(layer.exact_mass for layer in found),

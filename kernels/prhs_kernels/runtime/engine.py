@@ -81,6 +81,8 @@ class DecodeEngine:
         self.device, self.dtype = model.device, model.dtype
         self.attention: Attention = attention
         self.use_graph = self.device.type == "cuda" if use_graph is None else use_graph
+        if audit is not None and mode == "released":
+            raise UsageError("an audit needs mode 'audited': what was released cannot be measured")
         if self.use_graph and self.device.type != "cuda":
             raise UsageError(f"use_graph needs a CUDA device, the model is on {self.device}")
         self.sampling = sampling or Sampling()
@@ -246,9 +248,14 @@ class DecodeEngine:
         now = self._progress
         plan = step_plan(now.slot, self.plan_rule, backend=self.backend)
         self._counter.begin()
+        if (audit := self.sets.window_audit) is not None:
+            audit.begin(plan)
         logits = self._step(now.token, plan, self.cache.keys, self.cache.values, self._attend)
         self.logits = logits  # the last one recorded is the graph's
         self._counter.end(plan, now.alive)
+        if audit is not None:
+            counts = {layer: state.count for layer, state in self.sets.states.items()}
+            audit.end(plan, counts, now.alive)
         self.sets.advance()
         now.draw(logits)
         now.slot.add_(1)
@@ -258,9 +265,10 @@ class DecodeEngine:
     ) -> torch.Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         scale, alive = self._step.layers[layer].scale, self._progress.alive
-        output: torch.Tensor = self.sets.attend(
-            layer, query, query_pre, key, keys, values, plan, alive, scale
-        )
+        output: torch.Tensor
+        output, lse = self.sets.attend(layer, query, query_pre, key, keys, values, plan, alive, scale)
+        if self.sets.window_audit is not None:
+            self.sets.window_audit.record(layer, query, keys, values, lse, scale)
         return output
 
     @torch.inference_mode()
@@ -290,12 +298,15 @@ class DecodeEngine:
     def audit(self) -> Audit | None:
         """The mass dropped so far, if that was asked for; waits for the device.
 
-        Layers without sets drop nothing: their units are exact.
+        Layers without sets and window drop nothing: their units are exact.
         """
         if self._audit is None:
             return None
         exact_units = self._counter.units_without(self.sets)
-        return totals(self.sets.audits.values(), exact_units, self._audit[0])
+        found = [audit.totals() for audit in self.sets.audits.values()]
+        if self.sets.window_audit is not None:
+            found.append(self.sets.window_audit.totals())
+        return totals(found, exact_units, self._audit[0])
 
     @property
     def tokens(self) -> torch.Tensor:

@@ -16,6 +16,7 @@ from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalScratch, Ret
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.ops.step_plan.api import StepPlan
 from prhs_kernels.params import Gate, SelectorParams, TimeParams
+from prhs_kernels.runtime.window_audit import WindowAudit, windowed_layers
 
 
 def selecting_layers(time: TimeParams) -> list[int]:
@@ -69,6 +70,12 @@ class IndexSets:
         self.backend: Backend = backend
         self.copies: dict[int, KeyCopy] = {}
         self.audits: dict[int, LayerAudit] = {}
+        self.window_audit: WindowAudit | None = None
+        self._coin = audit
+        hidden = windowed_layers(params)
+        if audit is not None and hidden:
+            seed = audit.seed + params.num_layers  # another stream than those of the layers
+            self.window_audit = WindowAudit(params, batch, audit.probability, seed, audit.step, backend)
         self._params, self._device, self._batch = params, device, batch
         self.stacked: RetrievalState | None = None
         self.states: dict[int, RetrievalState] = {}
@@ -86,7 +93,7 @@ class IndexSets:
         for place, layer in enumerate(layers):
             self.states[layer] = _part(self.stacked, slice(place * batch, (place + 1) * batch))
             self.rules[layer] = RetrievalRule.from_time(time, layer, params.num_local, device)
-            if audit is not None:
+            if audit is not None and layer not in hidden:
                 self.audits[layer] = audit.for_layer(layer, batch, heads, group, device)
         if backend == "triton":
             self._scratch = RetrievalScratch.allocate(batch, heads, group, max_len, device)
@@ -108,14 +115,15 @@ class IndexSets:
     def attend(
         self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, key: torch.Tensor,
         keys: torch.Tensor, values: torch.Tensor, plan: StepPlan, alive: torch.Tensor, scale: float,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Bring a layer's sets up to date and attend to them; shapes as in `retrieve` and `sparse_decode`.
 
-        key: `[batch, num_kv_heads, 1, head_dim]`, the one that was appended to `keys`.
+        key: `[batch, num_kv_heads, 1, head_dim]`, the one that was appended to `keys`. Gives the output and
+        the log-sum-exp `[batch, num_qo_heads, 1]` of what was attended to.
         """
         spans, state = plan.spans[layer], self.states.get(layer)
         if state is None:
-            return dense_decode(query, keys, values, scale=scale, spans=spans, backend=self.backend)[0]
+            return dense_decode(query, keys, values, scale=scale, spans=spans, backend=self.backend)
         copy, audit = self.copies.get(layer), self.audits.get(layer)
         if copy is not None:
             copy.write(key, plan.slots[layer], backend=self.backend)
@@ -139,20 +147,22 @@ class IndexSets:
         )  # fmt: skip
         if audit is not None:
             count_dropped(lse.float(), state, audit, exact=copy is None, alive=alive, backend=self.backend)
-        return output
+        return output, lse
 
     def reset(self) -> None:
         """Forget every set and what was audited."""
         if self.stacked is not None:
             self.stacked.reset()
+        if self.window_audit is not None:
+            self.window_audit.reset()
         for audit in self.audits.values():
             audit.sums.zero_()
             audit.units.zero_()
 
     def advance(self) -> None:
         """After a step: the next one draws other coins."""
-        if self.audits:
-            next(iter(self.audits.values())).step.add_(1)  # one tensor for all layers
+        if self._coin is not None:
+            self._coin.step.add_(1)
 
     @property
     def copy_bytes(self) -> int:
@@ -161,12 +171,14 @@ class IndexSets:
 
     def changing(self) -> list[torch.Tensor]:
         """What a step writes, but key copies: like the cache, their new slots are written before read."""
-        if self.stacked is None:
-            return []
-        found = [getattr(self.stacked, field.name) for field in dataclasses.fields(self.stacked)]
+        found: list[torch.Tensor] = []
+        if self.stacked is not None:
+            found += [getattr(self.stacked, field.name) for field in dataclasses.fields(self.stacked)]
         for audit in self.audits.values():
-            found += [audit.step, audit.sums, audit.units]
-        return found
+            found += [audit.sums, audit.units]
+        if self.window_audit is not None:
+            found += self.window_audit.changing()
+        return found if self._coin is None else [*found, self._coin.step]
 
 
 def _part(stacked: RetrievalState, rows: slice) -> RetrievalState:

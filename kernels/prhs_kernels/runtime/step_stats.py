@@ -9,13 +9,14 @@ from prhs_kernels.ops.step_plan.api import StepPlan
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.index_sets import IndexSets
 from prhs_kernels.runtime.stats import DecodeStats
+from prhs_kernels.runtime.window_audit import windowed_layers
 
 
 class StepCounter:
     """Sums over steps; `totals` `[layers, batch, 7]` float64 stay on the device until they are read."""
 
     def __init__(self, params: SelectorParams, batch: int, sets: IndexSets, device: torch.device) -> None:
-        layers = params.num_layers
+        layers, self._params = params.num_layers, params
         self.totals = torch.zeros(layers, batch, len(FIELDS), dtype=torch.float64, device=device)
         self._group, self._scan_row, self._backend = params.group_size, params.scan_row, sets.backend
         self._sets: ChosenSets | None = None
@@ -43,8 +44,9 @@ class StepCounter:
         )  # fmt: skip
 
     def units_without(self, sets: IndexSets) -> float:
-        """Units of the layers that choose no sets; waits for the device."""
-        others = [layer for layer in range(self.totals.shape[0]) if layer not in sets.states]
+        """Units of the layers that keep everything; waits for the device."""
+        dropping = [*sets.states, *windowed_layers(self._params)]
+        others = [layer for layer in range(self.totals.shape[0]) if layer not in dropping]
         return float(self.totals[others, :, 0].sum()) if others else 0.0
 
     def reset(self) -> None:

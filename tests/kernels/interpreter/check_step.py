@@ -214,9 +214,7 @@ def test_engine_gives_the_tokens_of_the_reference_loop(name: str) -> None:
     params = selector_params(model.config, **CASES[name])
     steps = 6
     free, runs = list(generate_tokens(model, PROMPTS, params, max_new_tokens=steps)), []
-    settings: dict[str, Any] = {"max_new_tokens": steps, "stop_token_ids": [free[2][1]]}
-    if params.depth is None:
-        settings["audit"] = 1.0
+    settings: dict[str, Any] = {"max_new_tokens": steps, "stop_token_ids": [free[2][1]], "audit": 1.0}
     rows = []
     for backend in ("reference", "triton"):
         runs.append(Generation())
@@ -225,9 +223,9 @@ def test_engine_gives_the_tokens_of_the_reference_loop(name: str) -> None:
     assert [run.backend for run in runs] == ["reference", "triton"]
     assert runs[1].stats.to_dict() == pytest.approx(runs[0].stats.to_dict(), rel=1e-9, nan_ok=True)
     assert runs[1].stats.units == runs[0].stats.units
-    if runs[0].audit is not None:
-        assert runs[1].audit.units == runs[0].audit.units
-        assert runs[1].audit.estimate == pytest.approx(runs[0].audit.estimate, rel=1e-4)
+    assert runs[1].audit is not None and runs[0].audit is not None
+    assert runs[1].audit.units == runs[0].audit.units
+    assert runs[1].audit.estimate == pytest.approx(runs[0].audit.estimate, rel=1e-4)
 
 
 @torch.inference_mode()

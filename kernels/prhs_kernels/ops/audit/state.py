@@ -24,6 +24,11 @@ class AuditTotals:
     other_units: int
 
 
+def limit_of(probability: float) -> int:
+    """Largest draw of 31 bits with which a coin falls; -1 for never."""
+    return round(probability * 2**31) - 1
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerAudit:
     """Audits of one layer, on the device. `heads` means `[batch, num_kv_heads]`.
@@ -69,7 +74,7 @@ class LayerAudit:
     @property
     def limit(self) -> int:
         """Largest draw of 31 bits with which the coin falls; -1 for never."""
-        return round(self.probability * 2**31) - 1
+        return limit_of(self.probability)
 
     def totals(self) -> AuditTotals:
         """Copied to the host."""
