@@ -14,10 +14,9 @@ from prhs_kernels.ops.backend import has_triton
 from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.ops.retrieve.state import Decision
 from prhs_kernels.ops.spans import span_mask
-from prhs_kernels.ops.step_plan.api import step_plan
 from prhs_kernels.params import DepthParams, FreezeMode, LayerParams, SelectorParams
+from prhs_kernels.runtime import batch_step, index_sets
 from prhs_kernels.runtime import engine as runtime
-from prhs_kernels.runtime import index_sets
 from prhs_kernels.runtime.attach import dense_params, sparse_attention
 from prhs_kernels.runtime.decode import Generation, generate_tokens, left_pad
 from prhs_kernels.runtime.decoder_step import LayerWeights, fuse
@@ -101,7 +100,7 @@ def test_sets_are_those_of_the_reference_loop(
     with opened(model, params) as engine:
         engine.prefill(*left_pad(PROMPTS, 0))
         for step, column in enumerate(steps.T):
-            plan = step_plan(torch.tensor([engine.length]), engine.plan_rule)
+            plan = engine._step.plan()
             engine.step(column)
             torch.testing.assert_close(engine.logits, logits[:, step + 1], rtol=0, atol=1e-12)
             for layer in range(params.num_layers):
@@ -279,7 +278,7 @@ def test_memory_that_runs_out_inside(where: str, monkeypatch: pytest.MonkeyPatch
     engine = opened(model, params)
     with monkeypatch.context() as patch, pytest.raises(ResourceError) as caught:
         if where == "enter":
-            patch.setattr(runtime, "IndexSets", failing)
+            patch.setattr(batch_step, "IndexSets", failing)
         with engine:
             if where == "prefill":
                 patch.setattr(model.model.layers[2].mlp, "forward", failing)

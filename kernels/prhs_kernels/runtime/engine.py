@@ -12,13 +12,11 @@ from transformers import PreTrainedModel
 
 from prhs_kernels.errors import UnsupportedModelError, UsageError
 from prhs_kernels.ops.backend import Backend, use_triton
-from prhs_kernels.ops.step_plan.api import PlanRule, StepPlan, step_plan
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import check_params, check_supported, dense_params
 from prhs_kernels.runtime.audit import Audit
-from prhs_kernels.runtime.auditing import totals
+from prhs_kernels.runtime.batch_step import BatchStep
 from prhs_kernels.runtime.capture import capture
-from prhs_kernels.runtime.decoder_step import DecoderStep
 from prhs_kernels.runtime.index_sets import AuditCoin, IndexSets
 from prhs_kernels.runtime.memory import RunMemory, RunShape
 from prhs_kernels.runtime.prefill import prefill
@@ -26,7 +24,6 @@ from prhs_kernels.runtime.progress import Progress
 from prhs_kernels.runtime.sampling import Sampling
 from prhs_kernels.runtime.static_cache import StaticCache
 from prhs_kernels.runtime.stats import DecodeStats
-from prhs_kernels.runtime.step_stats import StepCounter
 from prhs_kernels.runtime.support import engine_unsupported, sliding_windows
 
 Attention = Literal["sparse", "dense"]
@@ -103,33 +100,26 @@ class DecodeEngine:
         self.memory.check()
         try:
             with self.memory.explained():
-                self._allocate()
+                self._step: Any = self._allocate()
         except BaseException:
             self.__exit__()
             raise
+        self._graph: Any = None
+        self.length = 0  # slots in use, as the host counts them
         self._open = True
         return self
 
     def __exit__(self, *_: object) -> None:
         """Free graph, cache and scratch memory; the model was only patched during `prefill`."""
         self._open = False
-        for name in ("_graph", "cache", "sets", "_step", "_counter", "logits"):
-            setattr(self, name, None)
+        self._graph = self._step = None
 
-    def _allocate(self) -> None:
-        params, batch = self.params, self.batch_size
-        windows = sliding_windows(self.model)
-        self._step: Any = DecoderStep(self.model, self.max_len, self.backend)
-        self.cache: Any = StaticCache()
-        self.plan_rule = PlanRule.create(params, windows, batch, self.device)
-        self._progress = Progress.allocate(batch, self.sampling, self._draws, self._stops, self.device)
-        self._graph: Any = None
-        self.logits: Any = None
-        self.length = 0  # slots in use, as the host counts them
-        self.sets: Any = IndexSets(
-            params, windows, batch, self.max_len, self.dtype, self.device, self.backend, self._coin()
-        )
-        self._counter: Any = StepCounter(params, batch, self.sets, self.device)
+    def _allocate(self) -> BatchStep:
+        progress = Progress.allocate(self.batch_size, self.sampling, self._draws, self._stops, self.device)
+        coin = None
+        if self._audit is not None:
+            coin = AuditCoin(*self._audit, torch.zeros(1, dtype=torch.long, device=self.device))
+        return BatchStep(self.model, self.params, self.max_len, self.backend, progress, coin)
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -149,17 +139,17 @@ class DecodeEngine:
                 f"max_len = {self.max_len}"
             )
         ids, mask = ids.to(self.device), mask.to(self.device)
-        self._graph, self.cache = None, StaticCache()  # what the last prompt left is in the way
+        self._graph, self._step.cache = None, StaticCache()  # what the last prompt left is in the way
         with self.memory.explained():
             logits, cache = prefill(self.model, self.params, ids, mask, self.backend)
             self._restart(length, (mask == 0).sum(dim=-1))
             shift = self._shifts()
             self.dense_bytes = cache.dense_bytes_of(self.max_len)  # with the room that ours has
             taken = StaticCache()
-            taken.take(cache, self.max_len, self.plan_rule.padding, shift, self.params.num_sinks)
-            self.plan_rule.shift.copy_(torch.tensor(shift))
+            taken.take(cache, self.max_len, self._step.rule.padding, shift, self.params.num_sinks)
+            self._step.rule.shift.copy_(torch.tensor(shift))
             self.sets.copy_keys(taken.keys, [length - moved for moved in shift])
-            self.cache = taken
+            self._step.cache = taken
         return logits
 
     @torch.inference_mode()
@@ -169,7 +159,7 @@ class DecodeEngine:
         Its slots from `kv_len` on are overwritten. Engines that decode one after another can share it.
         """
         self._check_open()
-        self.cache, self._graph = cache, None
+        self._step.cache, self._graph = cache, None
         self._restart(kv_len, torch.zeros(self.batch_size, dtype=torch.long, device=self.device))
         self.sets.copy_keys(cache.keys, [kv_len] * self.params.num_layers)
 
@@ -190,23 +180,17 @@ class DecodeEngine:
         self.sets.copy_keys(self.cache.keys, [kv_len] * params.num_layers)
         self._restart(kv_len, torch.zeros(self.batch_size, dtype=torch.long, device=self.device))
         vocabulary = self.model.config.vocab_size
-        self._progress.token.random_(0, vocabulary, generator=generator)
+        self._step.progress.token.random_(0, vocabulary, generator=generator)
 
     def _restart(self, length: int, padding: torch.Tensor) -> None:
-        """Begin decoding behind `length` slots: nothing chosen, nothing counted, nothing drawn."""
         self.length = length
-        self._progress.slot.fill_(length)
-        self._progress.restart()
-        self.plan_rule.padding.copy_(padding)
-        self.plan_rule.shift.zero_()
-        self.sets.reset()
-        self._counter.reset()
+        self._step.restart(length, padding)
 
     def _shifts(self) -> list[int]:
         """Slots that every layer's released buffer starts later: common to the rows, the least of them."""
         if self.mode != "released":
             return [0] * self.params.num_layers
-        begin = step_plan(self._progress.slot, self.plan_rule, backend=self.backend).spans[..., 2].amin(dim=1)
+        begin = self._step.plan().spans[..., 2].amin(dim=1)
         return [max(0, int(first) - self.params.num_sinks) for first in begin.tolist()]
 
     @torch.inference_mode()
@@ -225,51 +209,23 @@ class DecodeEngine:
         if self.length >= self.max_len:
             raise UsageError(f"the cache of {self.max_len} slots is full")
         if tokens is not None:
-            self._progress.token.copy_(tokens)
-            self._progress.restart()
+            self._step.progress.token.copy_(tokens)
+            self._step.progress.restart()
         if self.use_graph:
             if self._graph is None:
                 self.capture()
             self._graph.replay()
         else:
             with self.memory.explained():
-                self._run()
+                self._step.run()
         self.length += 1
-        return self._progress.token
+        return self._step.progress.token
 
     @torch.inference_mode()
     def start(self, logits: torch.Tensor) -> torch.Tensor:
         """Draw the first token of every sequence from the logits of the prefill; `[batch]` int64."""
-        self._progress.draw(logits)
-        return self._progress.token
-
-    def _run(self) -> None:
-        """The step itself: device work only, so that it can be captured."""
-        now = self._progress
-        plan = step_plan(now.slot, self.plan_rule, backend=self.backend)
-        self._counter.begin()
-        if (audit := self.sets.window_audit) is not None:
-            audit.begin(plan)
-        logits = self._step(now.token, plan, self.cache.keys, self.cache.values, self._attend)
-        self.logits = logits  # the last one recorded is the graph's
-        self._counter.end(plan, now.alive)
-        if audit is not None:
-            counts = {layer: state.count for layer, state in self.sets.states.items()}
-            audit.end(plan, counts, now.alive)
-        self.sets.advance()
-        now.draw(logits)
-        now.slot.add_(1)
-
-    def _attend(
-        self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, key: torch.Tensor, plan: StepPlan
-    ) -> torch.Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        scale, alive = self._step.layers[layer].scale, self._progress.alive
-        output: torch.Tensor
-        output, lse = self.sets.attend(layer, query, query_pre, key, keys, values, plan, alive, scale)
-        if self.sets.window_audit is not None:
-            self.sets.window_audit.record(layer, query, keys, values, lse, scale)
-        return output
+        self._step.progress.draw(logits)
+        return self._step.progress.token
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -279,20 +235,13 @@ class DecodeEngine:
             ResourceError: the memory did not suffice for the step's tensors.
         """
         self._check_open()
-        # not the cache: its new slots are not read before they are written
-        changing = [*self._progress.changing(), self._counter.totals, *self.sets.changing()]
         with self.memory.explained():
-            self._graph = capture(self._run, changing, self.device)
+            self._graph = capture(self._step.run, self._step.changing(), self.device)
 
     @torch.inference_mode()
     def stats(self) -> DecodeStats:
         """What the steps so far read and kept; waits for the device."""
-        return self._counter.read()  # type: ignore[no-any-return]
-
-    def _coin(self) -> AuditCoin | None:
-        if self._audit is None:
-            return None
-        return AuditCoin(*self._audit, torch.zeros(1, dtype=torch.long, device=self.device))
+        return self._step.counter.read()  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def audit(self) -> Audit | None:
@@ -300,23 +249,34 @@ class DecodeEngine:
 
         Layers without sets and window drop nothing: their units are exact.
         """
-        if self._audit is None:
-            return None
-        exact_units = self._counter.units_without(self.sets)
-        found = [audit.totals() for audit in self.sets.audits.values()]
-        if self.sets.window_audit is not None:
-            found.append(self.sets.window_audit.totals())
-        return totals(found, exact_units, self._audit[0])
+        return self._step.audit()
+
+    @property
+    def cache(self) -> StaticCache:
+        """Keys and values of all layers."""
+        return self._step.cache
+
+    @property
+    def sets(self) -> IndexSets:
+        """What the layers attend to."""
+        return self._step.sets
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """`[batch, vocabulary]` of the last step, in a buffer that is reused under a graph."""
+        if self._step.logits is None:
+            raise UsageError("no step has been decoded yet")
+        return self._step.logits
 
     @property
     def tokens(self) -> torch.Tensor:
         """`[batch]` int64 on the device: the tokens drawn last, input of the next step."""
-        return self._progress.token
+        return self._step.progress.token
 
     @property
     def alive(self) -> torch.Tensor:
         """`[batch]` bool on the device: sequences that have not drawn a stop token."""
-        return self._progress.alive
+        return self._step.progress.alive
 
     @property
     def resident_bytes(self) -> int:

@@ -1,0 +1,93 @@
+"""A decode step of a batch and everything it changes: cache, sets, counts, the tokens that come next."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from prhs_kernels.ops.backend import Backend
+from prhs_kernels.ops.step_plan.api import PlanRule, StepPlan, step_plan
+from prhs_kernels.params import SelectorParams
+from prhs_kernels.runtime.audit import Audit
+from prhs_kernels.runtime.auditing import totals
+from prhs_kernels.runtime.decoder_step import DecoderStep
+from prhs_kernels.runtime.index_sets import AuditCoin, IndexSets
+from prhs_kernels.runtime.progress import Progress
+from prhs_kernels.runtime.static_cache import StaticCache
+from prhs_kernels.runtime.step_stats import StepCounter
+from prhs_kernels.runtime.support import sliding_windows
+
+
+class BatchStep:
+    """Buffers of one run, and the step that works on them; nothing in it is read by the host.
+
+    cache: keys and values, empty until there is a prompt. rule: what spans and budgets follow from. logits:
+    `[batch, vocabulary]` of the last step, None before it. counter: what was read and kept.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, params: SelectorParams, max_len: int, backend: Backend,
+        progress: Progress, coin: AuditCoin | None,
+    ) -> None:  # fmt: skip
+        windows, device = sliding_windows(model), model.device
+        batch = progress.token.shape[0]
+        self.backend: Backend = backend
+        self.progress, self.cache = progress, StaticCache()
+        self.rule = PlanRule.create(params, windows, batch, device)
+        self.sets = IndexSets(params, windows, batch, max_len, model.dtype, device, backend, coin)
+        self.logits: torch.Tensor | None = None
+        self._decoder = DecoderStep(model, max_len, backend)
+        self.counter = StepCounter(params, batch, self.sets, device)
+        self._coin = coin
+
+    def restart(self, length: int, padding: torch.Tensor) -> None:
+        """Begin decoding behind `length` slots: nothing chosen, nothing counted, nothing drawn."""
+        self.progress.slot.fill_(length)
+        self.progress.restart()
+        self.rule.padding.copy_(padding)
+        self.rule.shift.zero_()
+        self.sets.reset()
+        self.counter.reset()
+
+    def plan(self) -> StepPlan:
+        """Of the step that comes next."""
+        return step_plan(self.progress.slot, self.rule, backend=self.backend)
+
+    def run(self) -> None:
+        """The step: device work only, so that it can be captured."""
+        now, plan = self.progress, self.plan()
+        self.counter.begin()
+        if (audit := self.sets.window_audit) is not None:
+            audit.begin(plan)
+        logits = self._decoder(now.token, plan, self.cache.keys, self.cache.values, self._attend)
+        self.logits = logits  # the last one recorded is the graph's
+        self.counter.end(plan, now.alive)
+        if audit is not None:
+            counts = {layer: state.count for layer, state in self.sets.states.items()}
+            audit.end(plan, counts, now.alive)
+        self.sets.advance()
+        now.draw(logits)
+        now.slot.add_(1)
+
+    def _attend(
+        self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, key: torch.Tensor, plan: StepPlan
+    ) -> torch.Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        scale, alive = self._decoder.layers[layer].scale, self.progress.alive
+        output, lse = self.sets.attend(layer, query, query_pre, key, keys, values, plan, alive, scale)
+        if self.sets.window_audit is not None:
+            self.sets.window_audit.record(layer, query, keys, values, lse, scale)
+        return output
+
+    def changing(self) -> list[torch.Tensor]:
+        """Every tensor that a step writes, but the cache, whose new slots are not read before written."""
+        return [*self.progress.changing(), self.counter.totals, *self.sets.changing()]
+
+    def audit(self) -> Audit | None:
+        """The mass dropped so far, if there is a coin; waits for the device."""
+        if self._coin is None:
+            return None
+        found = [audit.totals() for audit in self.sets.audits.values()]
+        if self.sets.window_audit is not None:
+            found.append(self.sets.window_audit.totals())
+        return totals(found, self.counter.units_without(self.sets), self._coin.probability)
