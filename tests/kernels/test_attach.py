@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from prhs_kernels.errors import InputError, PrhsError, UnsupportedModelError, UsageError
 from prhs_kernels.ops.window_prefill import reference
 from prhs_kernels.params import DepthParams, FreezeMode, LayerParams, SelectorParams
+from prhs_kernels.runtime import attach
 from prhs_kernels.runtime.attach import check_supported, dense_params, sparse_attention
 from prhs_kernels.runtime.decode import left_pad
 from prhs_kernels.testing.allocations import allocations
@@ -91,6 +92,25 @@ def test_a_padded_batch_equals_its_rows_alone(variant: str, axes: str) -> None:
     for row, prompt in enumerate(PROMPTS):
         alone, _ = decode_steps(model, prompt + STEPS[row], len(prompt), params)
         torch.testing.assert_close(together[row], alone, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2"])
+def test_an_mlp_in_parts_gives_the_same(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that end inside of a sequence, the last one short."""
+    model_type, overrides = VARIANTS[variant]
+    model = exact_model(model_type, **overrides)
+    params = selector_params(model.config, **AXES["all"])
+    found, seen = [], []
+    act = model.model.layers[0].mlp.act_fn.forward
+    monkeypatch.setattr(
+        model.model.layers[0].mlp.act_fn, "forward", lambda x: (seen.append(x.shape[:2]), act(x))[1]
+    )
+    for tokens in (attach.MLP_TOKENS, 32):
+        monkeypatch.setattr(attach, "MLP_TOKENS", tokens)
+        with sparse_attention(model, params) as cache:
+            found.append(feed(model, cache, PROMPTS, STEPS))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    assert seen[0] == (3, 45) and seen[7:12] == [(1, 32)] * 4 + [(1, 7)]
 
 
 @pytest.mark.parametrize("axes", AXES)

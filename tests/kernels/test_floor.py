@@ -9,7 +9,7 @@ import torch
 
 from prhs_kernels.errors import ResourceError
 from prhs_kernels.params import DepthParams
-from prhs_kernels.runtime import decode, memory
+from prhs_kernels.runtime import attach, decode, memory
 from prhs_kernels.runtime.decode import Generation, generate_tokens
 from prhs_kernels.runtime.engine import DecodeEngine
 from prhs_kernels.runtime.floor import DENSE_LAUNCHES, SECONDS_PER_LAUNCH, memory_bandwidth, step_floor
@@ -123,16 +123,21 @@ def test_the_activations_of_a_prefill_are_named_and_shrink_with_what_fits() -> N
 
 
 @pytest.mark.parametrize(
-    ("overrides", "most"),
+    ("overrides", "part", "most"),
     [
-        ({"intermediate_size": 512}, 1.02),
-        ({}, 1.02),
-        ({"hidden_size": 256}, 1.05),
-        ({"num_attention_heads": 16, "num_key_value_heads": 8}, 1.15),
+        ({"intermediate_size": 512}, 2**14, 1.02),
+        ({}, 2**14, 1.02),
+        ({"hidden_size": 256}, 2**14, 1.05),
+        ({"num_attention_heads": 16, "num_key_value_heads": 8}, 2**14, 1.15),
+        ({"intermediate_size": 512}, 300, 1.02),
+        ({"intermediate_size": 512}, 100, 1.10),
     ],
 )
-def test_the_estimate_of_a_prefill_is_what_it_takes(overrides: dict[str, int], most: float) -> None:
+def test_the_estimate_of_a_prefill_is_what_it_takes(
+    overrides: dict[str, int], part: int, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The allocator's peak of a prefill, where the MLP is the widest, or the norms, or queries and keys."""
+    monkeypatch.setattr(attach, "MLP_TOKENS", part)
     model: Any = tiny_model("llama", max_position_embeddings=2048, **overrides)
     ids = torch.tensor([random_tokens(1000)])
     settings: dict[str, int] = {"batch_size": 1, "max_len": 1100, "prompt_len": 1000}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from prhs_kernels.runtime.freezing import frozen_forward
 from prhs_kernels.selectors.base import StepSelector
 
 IMPLEMENTATION = "prhs"
+MLP_TOKENS = 2**14  # that go through an MLP together: enough rows for a matrix product at full speed
 SUPPORTED_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -111,6 +112,7 @@ def sparse_attention(
         for layer in decoder.layers:
             attend = functools.partial(attention_forward, cache, observer)
             _patch(undo, layer.self_attn, "_prhs_forward", attend)
+            _patch(undo, layer.mlp, "forward", functools.partial(mlp_in_parts, layer.mlp.forward))
             if params.layer is not None:
                 _patch(undo, layer, "forward", functools.partial(frozen_forward, cache, layer, layer.forward))
         for module, hook in ((decoder, _begin), (decoder.layers[0], _keep_rope)):
@@ -126,6 +128,17 @@ def _patch(undo: contextlib.ExitStack, owner: Any, name: str, value: Any) -> Non
     else:
         undo.callback(delattr, owner, name)
     setattr(owner, name, value)
+
+
+def mlp_in_parts(forward: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    """An MLP over many tokens a part at a time: its three wide tensors would be the peak of a prefill."""
+    batch, tokens, width = hidden.shape
+    if batch * tokens <= MLP_TOKENS:
+        return forward(hidden)
+    rows, out = hidden.reshape(1, -1, width), torch.empty_like(hidden)
+    for part, into in zip(rows.split(MLP_TOKENS, 1), out.view(rows.shape).split(MLP_TOKENS, 1), strict=True):
+        into.copy_(forward(part))
+    return out
 
 
 class OwnHook(functools.partial[object]):

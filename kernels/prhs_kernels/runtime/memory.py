@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from prhs_kernels.errors import ResourceError
 from prhs_kernels.params import SelectorParams
+from prhs_kernels.runtime import attach
 from prhs_kernels.runtime.index_sets import selecting_layers, set_capacity
 
 GIB = 2**30  # bytes
@@ -31,7 +32,7 @@ class RunShape:
     selecting: int  # layers that choose sets
     copied: int  # bytes of a key's low-bit copy, 0 without one
     capacity: Callable[[int], int]  # indices of a set in a cache of so many slots
-    activation: int  # bytes of a prefill's activations per token
+    activations: Callable[[int], int]  # bytes of a prefill of so many tokens
 
     @classmethod
     def of(
@@ -52,7 +53,7 @@ class RunShape:
             selecting,
             params.key_copy.scan_bytes(params.head_dim, 0) if selecting else 0,
             functools.partial(set_capacity, params, windows),
-            activation_bytes(config, params, dtype.itemsize),
+            functools.partial(activation_bytes, config, params, dtype.itemsize),
         )
 
 
@@ -83,7 +84,7 @@ def engine_bytes(shape: RunShape, batch: int, max_len: int, prompt_len: int = 0)
         anchors = group * shape.head_dim * shape.itemsize
         held += shape.selecting * rows * (4 * shape.capacity(max_len) + anchors + max_len * shape.copied)
         held += rows * max_len * (4 * group + 4 + 1)  # scores, weights, bit masks
-    activations = batch * prompt_len * shape.activation
+    activations = shape.activations(batch * prompt_len)
     return Needed(
         decode=held + slot * (shape.num_layers * max_len + prompt_len),
         prefill=held + slot * shape.num_layers * prompt_len + activations,
@@ -91,18 +92,22 @@ def engine_bytes(shape: RunShape, batch: int, max_len: int, prompt_len: int = 0)
     )
 
 
-def activation_bytes(config: PreTrainedConfig, params: SelectorParams, itemsize: int) -> int:
-    """Bytes per token that a forward pass holds at its highest point, beside weights and cache.
+def activation_bytes(config: PreTrainedConfig, params: SelectorParams, itemsize: int, tokens: int) -> int:
+    """Bytes that a forward pass holds at its highest point, beside weights and cache.
 
-    Embeddings, the layer's input, the residual stream, what a block reads and the rotary tables are there at
-    the same time. On top of these come, in one of the blocks: gate, up and their product; or queries and
-    keys, rotated and not; or the norm's fp32 copies. Attention itself has no workspace that grows with
-    tokens x slots, and logits are those of the last token.
+    Embeddings, the layer's input, what a block reads and the rotary tables are there at the same time. On top
+    of these come, in one of the blocks: queries and keys, rotated and not; or the residual stream and the
+    norm's fp32 copies; or the residual stream, the output and of one part of the tokens gate, up and their
+    product. Attention itself has no workspace that grows with tokens x slots, and logits are those of the
+    last token.
     """
-    hidden, mlp = config.hidden_size, config.intermediate_size
+    hidden, part = config.hidden_size, min(tokens, attach.MLP_TOKENS)
     query, key = (heads * params.head_dim for heads in (params.num_qo_heads, params.num_kv_heads))
-    blocks = max(hidden + 3 * mlp, 4 * query + 2 * key, 8 * hidden // itemsize)
-    return (3 * hidden + 2 * params.head_dim + blocks) * itemsize
+    mlp = tokens * hidden + 3 * part * config.intermediate_size
+    if tokens > part:
+        mlp += (tokens + part) * hidden  # put together from parts
+    blocks = max(tokens * (4 * query + 2 * key), tokens * 8 * hidden // itemsize, mlp)
+    return (tokens * (3 * hidden + 2 * params.head_dim) + blocks) * itemsize
 
 
 def free_bytes(device: torch.device) -> int | None:
