@@ -58,7 +58,6 @@ class Job:
         """Load model and bundle, the bundle at its own operating point or at that of `delta`."""
         from prhs_calibration.memory import Room
         from prhs_kernels.runtime.attach import dense_params
-        from prhs_kernels.runtime.distributed import num_ranks
 
         _check_backend(settings["backend"], source)
         loaded, bundle = source.open(out)
@@ -77,7 +76,7 @@ class Job:
                 "calibration's estimate"
             )
         stops = prompting.stop_token_ids(loaded.model, loaded.tokenizer)
-        room = Room(config, loaded.dtype, loaded.device, num_ranks(loaded.model))
+        room = Room.of(loaded.model, variants["sparse"])
         return cls(out, loaded, variants, facts, sampling, settings, stops, room)
 
     def requests(self, prompts: Sequence[Prompt], raw: bool, asked: int) -> list[Request]:

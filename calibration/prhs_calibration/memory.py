@@ -9,13 +9,24 @@ import pathlib
 from collections.abc import Iterator
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prhs_kernels.errors import ResourceError
+from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.attach import dense_params
-from prhs_kernels.runtime.memory import free_bytes, ran_out
+from prhs_kernels.runtime.distributed import num_ranks
+from prhs_kernels.runtime.memory import (
+    RunShape,
+    activation_bytes,
+    engine_bytes,
+    free_bytes,
+    largest_fitting,
+    ran_out,
+)
+from prhs_kernels.runtime.support import sliding_windows
 
 GIB = 2**30  # bytes
+MOST = 2**24  # sequences or tokens that are asked about
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 _MEMINFO = pathlib.Path("/proc/meminfo")
 
@@ -50,8 +61,8 @@ def run_bytes(
     batch: int = 1,
     ranks: int = 1,
 ) -> int:
-    """Bytes that a pass over `batch` sequences of `tokens` needs beyond the weights: KV cache, one layer's
-    activations, score rows.
+    """Bytes that a pass over `batch` sequences of `tokens` needs beyond the weights: KV cache, activations
+    (`activation_bytes`), score rows.
 
     `steps` decode steps are scored at a time (1 when generating). Five fp32 tables of one layer's rows cover
     scores, dense and sparse attention and what statistics keep of them. With tensor parallelism over `ranks`
@@ -59,33 +70,39 @@ def run_bytes(
     """
     shape = dense_params(config)
     cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * tokens // ranks
-    split = 3 * config.intermediate_size + 3 * shape.num_qo_heads * shape.head_dim
-    widths = split // ranks + 4 * config.hidden_size
+    activations = activation_bytes(config, shape, dtype.itemsize, batch * tokens, ranks)
     rows = 5 * shape.num_qo_heads * steps * tokens // ranks + 2 * steps * config.vocab_size
-    return batch * int(dtype.itemsize * (cache + widths * tokens) + 4 * rows)
+    return activations + batch * int(dtype.itemsize * cache + 4 * rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Room:
     """What a run of `batch` sequences of `tokens` needs beside the weights of a loaded model, and what fits.
 
-    The sizes are those of `run_bytes`.
+    The sizes are those of `run_bytes`, and where the decode engine may run at least its own.
     """
 
     config: PreTrainedConfig
     dtype: torch.dtype
     device: torch.device
     ranks: int = 1
+    engine: RunShape | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, params: SelectorParams) -> Room:
+        """Beside the weights of a loaded model."""
+        engine, ranks = None, num_ranks(model)
+        if model.device.type == "cuda" and ranks == 1:
+            engine = RunShape.of(model.config, params, sliding_windows(model), model.dtype)
+        return cls(model.config, model.dtype, model.device, ranks, engine)
 
     def batch(self, tokens: int) -> int:
         """How many sequences of `tokens` fit together now; 0 when not even one does."""
-        return available(self.device) // max(self._bytes(tokens, 1), 1)
+        return largest_fitting(lambda size: self._bytes(tokens, size), MOST, available(self.device))
 
     def tokens(self) -> int:
         """The longest single sequence that fits now, prompt and new tokens together."""
-        fixed = self._bytes(0, 1)
-        per_token = (self._bytes(2**20, 1) - fixed) / 2**20
-        return max(0, int((available(self.device) - fixed) / per_token))
+        return largest_fitting(lambda length: self._bytes(length, 1), MOST, available(self.device))
 
     def check(self, tokens: int, batch: int) -> None:
         """ResourceError with what is needed, what there is and what fits."""
@@ -122,7 +139,10 @@ class Room:
         )
 
     def _bytes(self, tokens: int, batch: int) -> int:
-        return run_bytes(self.config, tokens, self.dtype, batch=batch, ranks=self.ranks)
+        needed = run_bytes(self.config, tokens, self.dtype, batch=batch, ranks=self.ranks)
+        if self.engine is None:
+            return needed
+        return max(needed, engine_bytes(self.engine, batch, tokens, tokens).most)
 
 
 def _sequences(batch: int, tokens: int) -> str:

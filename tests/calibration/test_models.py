@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from prhs_calibration import fingerprint, hub, memory, models
 from prhs_kernels.errors import InputError, PrhsError, ResourceError, UnsupportedModelError, UsageError
+from prhs_kernels.runtime.memory import RunShape, engine_bytes
+from prhs_kernels.testing.inputs import selector_params
 from prhs_kernels.testing.models import tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
@@ -360,6 +362,23 @@ def test_too_little_memory_is_noticed_before_the_weights_are_read(
     one_line(
         ResourceError, lambda: memory.check_memory(2**30, torch.device("cpu"), "x"), "1.0 GiB needed, 0.0 GiB"
     )
+
+
+def test_what_fits_fits_the_decode_engine_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is chosen for a GPU is not refused by the engine's own check."""
+    config, params = tiny_config("llama"), selector_params(tiny_config("llama"), time={"budget_tokens": 4})
+    shape = RunShape.of(config, params, [None] * 4, torch.bfloat16)
+    monkeypatch.setattr(memory, "available", lambda device: 2**29)
+    plain = memory.Room(config, torch.bfloat16, torch.device("cpu"))
+    room = memory.Room(config, torch.bfloat16, torch.device("cpu"), engine=shape)
+    for tokens in (300, 40_000):
+        fits = room.batch(tokens)
+        assert 0 < fits < plain.batch(tokens)
+        assert engine_bytes(shape, fits, tokens, tokens - 10).most <= 2**29
+        assert engine_bytes(shape, fits + 1, tokens, tokens).most > 2**29
+    longest = room.tokens()
+    assert engine_bytes(shape, 1, longest, longest).most <= 2**29
+    assert memory.Room.of(tiny_model("llama"), params).engine is None, "no engine on a CPU"
 
 
 def test_available_memory_is_sane(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

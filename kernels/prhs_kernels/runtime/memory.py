@@ -92,18 +92,20 @@ def engine_bytes(shape: RunShape, batch: int, max_len: int, prompt_len: int = 0)
     )
 
 
-def activation_bytes(config: PreTrainedConfig, params: SelectorParams, itemsize: int, tokens: int) -> int:
+def activation_bytes(
+    config: PreTrainedConfig, params: SelectorParams, itemsize: int, tokens: int, ranks: int = 1
+) -> int:
     """Bytes that a forward pass holds at its highest point, beside weights and cache.
 
     Embeddings, the layer's input, what a block reads and the rotary tables are there at the same time. On top
     of these come, in one of the blocks: queries and keys, rotated and not; or the residual stream and the
     norm's fp32 copies; or the residual stream, the output and of one part of the tokens gate, up and their
     product. Attention itself has no workspace that grows with tokens x slots, and logits are those of the
-    last token.
+    last token. Of a model that is split over ranks it is what one of them holds.
     """
     hidden, part = config.hidden_size, min(tokens, attach.MLP_TOKENS)
-    query, key = (heads * params.head_dim for heads in (params.num_qo_heads, params.num_kv_heads))
-    mlp = tokens * hidden + 3 * part * config.intermediate_size
+    query, key = (heads * params.head_dim // ranks for heads in (params.num_qo_heads, params.num_kv_heads))
+    mlp = tokens * hidden + 3 * part * config.intermediate_size // ranks
     if tokens > part:
         mlp += (tokens + part) * hidden  # put together from parts
     blocks = max(tokens * (4 * query + 2 * key), tokens * 8 * hidden // itemsize, mlp)
