@@ -143,6 +143,7 @@ def run(
         with out.progress() as session.progress:
             complete = request.module.measure(plan, session, place, number)
     except KeyboardInterrupt:
+        result.write(session.rows)  # it may have come between a row's end and its being written
         raise Interrupted(
             f"interrupted: {len(session.rows)} rows are kept in {result.path}; the same command goes on there"
         ) from None

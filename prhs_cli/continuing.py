@@ -28,9 +28,13 @@ def stream(job: Job, request: Request) -> dict[str, Any]:
             out.text(f"--- {name} ---\n")
         words = prompting.Detokenizer(job.loaded.tokenizer)
         made: list[list[int]] = []
-        for (token,) in job.steps(name, [request], made):
-            assert token is not None  # a single prompt ends the loop when it ends
-            out.text(words.add(token))
+        try:
+            for (token,) in job.steps(name, [request], made):
+                assert token is not None  # a single prompt ends the loop when it ends
+                out.text(words.add(token))
+        except KeyboardInterrupt:
+            out.text("\n")  # what is said next begins a line of its own
+            raise
         out.text(words.finish() + "\n")
         data[name] = job.answer(request, made[0])
     return {**data, **agreement(data)}

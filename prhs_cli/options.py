@@ -159,6 +159,15 @@ ContextLength = Annotated[
         show_default=False,
     ),
 ]
+VerifiedLength = Annotated[
+    int | None,
+    typer.Option(
+        min=64,
+        metavar="N",
+        help="Longest prompt in tokens; without it that of the bundle's calibration.",
+        show_default=False,
+    ),
+]
 Corpus = Annotated[
     list[Path] | None,
     typer.Option(

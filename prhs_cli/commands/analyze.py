@@ -52,7 +52,7 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure what selectors miss against the oracle, at equal effective budget.
+    """Measure what selectors miss that an oracle keeps.
 
     posterior-bias: dropped mass in excess of an oracle that keeps as many positions, and where it is lost.
     Open loop, on the dense model's own queries and keys.

@@ -32,7 +32,7 @@ LIBRARIES = (
 
 
 def command(as_json: options.Json = False, quiet: options.Quiet = False) -> None:
-    """Show versions and devices, what would run where, and what is missing."""
+    """Show versions, devices, what runs where, what is missing."""
     data = examine()
     versions = {"python": data["python"]} | {
         name: found or "not installed" for name, found in data["libraries"].items()

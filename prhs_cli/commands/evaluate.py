@@ -77,12 +77,12 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Score selectors against dense attention at equal effective budget, in closed loop.
+    """Score selectors against dense attention on tasks.
 
-    Every scored token is a decode step. PrHS runs at the dial of its bundle that attends to the asked
-    fraction, and with --delta also at the one that promises this dropped mass. On a GPU dense attention and
-    PrHS run on the kernels of `prhs generate`, other methods in PyTorch. An interrupted run continues when
-    the same command is given again.
+    At equal attended fraction, in closed loop: every scored token is a decode step. PrHS runs at the dial of
+    its bundle that attends to the asked fraction, and with --delta also at the one that promises this dropped
+    mass. On a GPU dense attention and PrHS run on the kernels of `prhs generate`, other methods in PyTorch.
+    An interrupted run continues when the same command is given again.
     """
     out = Output(as_json=as_json, quiet=quiet)
     fractions, published = options.split_budgets(budgets)
@@ -139,7 +139,9 @@ def run(
 def _kept(store: Store) -> str:
     if not len(store):
         return "interrupted: nothing was finished yet, no result was written"
-    return f"interrupted: {store.count('items/')} finished items are kept; the same command continues there"
+    items = store.count("items/")
+    kept = f"{items} finished items are" if items else "no item was finished, what was found for matching is"
+    return f"interrupted: {kept} kept; the same command continues there"
 
 
 def _lengths(text: str) -> list[int]:

@@ -88,7 +88,7 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write text with sparse attention: one prompt as a stream, many prompts in batches.
+    """Write text with sparse attention, for one prompt or many.
 
     The selectors come from a bundle; --delta moves it to another point of its stored risk curve. Nothing is
     promised about a single prompt: δ is an average over prompts like those of the calibration. Prompts of

@@ -21,7 +21,7 @@ Examples:
 def command(
     bundle: options.BundleArgument, as_json: options.Json = False, quiet: options.Quiet = False
 ) -> None:
-    """Show what a bundle was calibrated on, what it promises, and its selectors per layer."""
+    """Show what a bundle promises, for what, and its selectors."""
     from prhs_calibration.bundle import Bundle
 
     loaded = Bundle.load(bundle)

@@ -33,7 +33,7 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """List model names, which are on this machine, and the bundles you have calibrated."""
+    """List models, which are on this machine, and your bundles."""
     out = Output(as_json=as_json, quiet=quiet)
     from prhs_calibration import bundle_store, models
 

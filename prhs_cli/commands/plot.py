@@ -55,7 +55,10 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw a figure from a result file of analyze, verify-bound, evaluate or bench, or from a bundle."""
+    """Draw a figure from a saved result or a bundle.
+
+    Results are those of analyze, verify-bound, evaluate and bench.
+    """
     out = Output(as_json=as_json, quiet=quiet)
     path = output or Path(f"{figure}.png")
     from prhs_calibration.files import check_writable

@@ -30,7 +30,7 @@ def command(
     model: options.Model = "reference",
     prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts of the held-out split.")] = 400,
     confidence: options.Confidence = 0.95,
-    context_length: options.ContextLength = None,
+    context_length: options.VerifiedLength = None,
     corpus: options.Corpus = None,
     output: options.ResultOutput = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when the prompts cannot decide.")] = False,
@@ -41,10 +41,11 @@ def command(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Check on held-out prompts that the dropped attention mass stays at most δ.
+    """Check the bound on held-out prompts, with a confidence.
 
-    Closed loop, every scored token a decode step. Measures the dropped mass and the exact mutual information
-    of dense and sparse attention per layer and head, and compares them with δ and the bounds it implies.
+    Is the dropped attention mass at most δ on average? Closed loop, every scored token a decode step.
+    Measures the dropped mass and the exact mutual information of dense and sparse attention per layer and
+    head, and compares them with δ and the bounds it implies.
     """
     out = Output(as_json=as_json, quiet=quiet)
     source = Source(model, bundle, revision, device, dtype)

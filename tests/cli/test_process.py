@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ..kernels.test_bench import needs_triton
 from .conftest import DELTA, ROOT, Workplace
 
 PRHS = [sys.executable, "-m", "prhs_cli"]
@@ -61,24 +63,12 @@ def test_debug_prints_the_traceback(environment: dict[str, str]) -> None:
     assert done.returncode != 0 and "Traceback" in done.stderr
 
 
-def test_ctrl_c_in_calibrate_leaves_no_half_written_bundle(
-    environment: dict[str, str], workplace: Workplace, tmp_path: Path
-) -> None:
-    output = tmp_path / "out" / "bundle.safetensors"
-    output.parent.mkdir()
-    arguments = [
-        "calibrate",
-        workplace.model,
-        "--prompts",
-        300,
-        "--delta",
-        DELTA,
-        "--corpus",
-        workplace.corpus,
-    ]
+def interrupted(environment: dict[str, str], arguments: tuple[object, ...], at: str) -> str:
+    """What a command says on stderr after a Ctrl-C at the progress line that holds `at`."""
     process = subprocess.Popen(
-        [*PRHS, *map(str, arguments), "--context-length", "96", "-o", str(output)],
+        [*PRHS, *map(str, arguments)],
         env=environment,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         # SIGINT may be ignored where the tests run, and a child would inherit that
@@ -86,14 +76,59 @@ def test_ctrl_c_in_calibrate_leaves_no_half_written_bundle(
     )
     assert process.stderr is not None
     seen = []
-    while not seen or "risk curve" not in seen[-1]:  # in the middle of the longest stage
+    while not seen or at not in seen[-1]:
         seen.append(process.stderr.readline())
         assert seen[-1], "".join(seen)
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130, rest
-    assert "no bundle was written" in rest and "Traceback" not in rest
+    assert "Traceback" not in rest and rest.startswith("prhs: interrupted: "), rest
+    return rest
+
+
+def test_ctrl_c_in_calibrate_leaves_no_half_written_bundle(
+    environment: dict[str, str], workplace: Workplace, tmp_path: Path
+) -> None:
+    output = tmp_path / "out" / "bundle.safetensors"
+    output.parent.mkdir()
+    size = ("--prompts", 300, "--delta", DELTA, "--context-length", 96)
+    command = ("calibrate", workplace.model, *size, "--corpus", workplace.corpus, "-o", output)
+    # in the middle of the longest stage
+    assert "no bundle was written" in interrupted(environment, command, at="risk curve")
     assert list(output.parent.iterdir()) == []
+
+
+def test_ctrl_c_in_generate_keeps_whole_answers(
+    environment: dict[str, str], workplace: Workplace, tmp_path: Path
+) -> None:
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": f"{i} " * 20}) + "\n" for i in range(400)))
+    given = ("--prompt-file", questions, "--model", workplace.model, "--bundle", workplace.bundle)
+    more = ("--max-new-tokens", 60, "--batch-size", 2, "-o", answers)
+    rest = interrupted(environment, ("generate", *given, *more), at="tokens: ")
+    done = [json.loads(line)["id"] for line in answers.read_text().splitlines()]
+    assert f"{len(done)} of 400 prompts are finished" in rest and 0 < len(done) < 400
+
+
+def test_ctrl_c_in_evaluate_keeps_finished_items(
+    environment: dict[str, str], workplace: Workplace, tmp_path: Path
+) -> None:
+    output = tmp_path / "result.json"
+    given = ("--model", workplace.model, "--bundle", workplace.bundle, "--tasks", "perplexity", "-o", output)
+    command = ("evaluate", *given, "--samples", 200, "--lengths", 256, "--selectors", "dense,oracle")
+    rest = interrupted(environment, command, at="evaluating")
+    assert "kept; the same command continues there" in rest and not output.exists()
+    kept = list((Path(environment["XDG_DATA_HOME"]) / "prhs").rglob("*.*"))
+    assert [path.suffix for path in kept] == [".json"] and json.loads(kept[0].read_text())
+
+
+@needs_triton
+def test_ctrl_c_in_bench_keeps_finished_rows(environment: dict[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    toy = environment | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    rest = interrupted(toy, ("bench", "operator", "-o", output), at="bench operator")
+    data = json.loads(output.read_text())["data"]
+    assert not data["complete"] and f"{len(data['rows'])} rows are kept in {output}" in rest
 
 
 def test_a_closed_pipe_is_no_error(environment: dict[str, str]) -> None:
