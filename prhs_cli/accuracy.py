@@ -6,6 +6,8 @@ from typing import Any
 
 from prhs_cli.output import table
 
+CAPABLE = 0.5  # mean score of dense attention from which a comparison says something
+
 
 def tables(data: dict[str, Any]) -> list[Any]:
     """One table per task and length, then the means over tasks."""
@@ -19,6 +21,17 @@ def tables(data: dict[str, Any]) -> list[Any]:
         title = f"mean of {len(row['tasks'])} tasks at {row['length']} tokens: exact match"
         groups.setdefault(title, []).append(row)
     return [_table(title, rows) for title, rows in groups.items()] + _equal_bytes(data.get("equal_bytes", []))
+
+
+def doubts(data: dict[str, Any]) -> list[str]:
+    """A line where the tasks are too hard for the model: what a selector loses cannot show there."""
+    dense = [row["score"]["mean"] for row in data["averages"] if row["selector"] == "dense"]
+    if not dense or min(dense) >= CAPABLE:
+        return []
+    return [
+        f"dense attention itself scores {min(dense):.3g} on these tasks, so they show little of what selectors "
+        "lose: choose a model that can do them, such as reference-8k, or shorter --lengths"
+    ]
 
 
 def _equal_bytes(entries: list[dict[str, Any]]) -> list[Any]:

@@ -83,7 +83,7 @@ def command(
         check_writable(output)
     if dry_run:
         cost = _cost(model, revision, prompts, fit_prompts, context_length)
-        return out.result(cost, pairs(cost, title="estimated cost"))
+        return out.result(cost, _rendered(cost))
     from prhs_calibration import calibrate as library
 
     loaded = load_model(out, model, revision=revision, device=device, dtype=dtype, spread="prompts")
@@ -130,6 +130,18 @@ def _cost(
         config, num_prompts=prompts, fit_prompts=fit_prompts, context_length=length
     )
     return dataclasses.asdict(cost)
+
+
+def _rendered(cost: dict[str, Any]) -> Any:
+    tokens = f"{cost['prefill_tokens']:,} in prefills, {cost['decode_steps']:,} as decode steps"
+    minutes = cost["flops"] / 1e14 / 60
+    facts = {
+        "prompts": cost["prompts"],
+        "tokens": tokens,
+        "arithmetic": f"{cost['flops']:.3g} FLOP, {minutes:.3g} minutes at 100 TFLOP/s",
+        "memory": f"{cost['peak_bytes'] / 2**30:.3g} GiB at its peak, beside the weights",
+    }
+    return pairs(facts, title="estimated cost")
 
 
 def _render(path: Path, summary: dict[str, Any]) -> list[Any]:

@@ -38,7 +38,7 @@ def command(
         Path | None,
         typer.Argument(
             metavar="[RESULT]",
-            help="Result file (risk: a bundle); without it the newest.",
+            help="Result file (risk: a bundle); without it the newest in your data folder.",
             show_default=False,
         ),
     ] = None,
@@ -103,11 +103,15 @@ def _small(out: Output, figure: str) -> Path:
     """A result made for the figure, so that a newcomer sees one."""
     if figure in ("latency", "throughput"):
         raise InputError(
-            f"no result of prhs {KINDS[figure].replace('-', ' ')} yet; run that on a machine with a GPU"
+            f"no result of prhs {KINDS[figure].replace('-', ' ')} yet; run that on a machine with a GPU, "
+            "or give a result file"
         )
-    out.note(f"no result yet: making one from {SMALL} prompts on the embedded model")
+    out.note(
+        f"no result in your data folder (one written elsewhere is given by its name): making one from {SMALL} "
+        "prompts on an embedded model"
+    )
     if figure == "bound":
         return verify_bound.run(out, Source(), None, 0, None, num_prompts=SMALL)[0]
     if figure == "accuracy":
-        return evaluate.run(out, Source(), None, list(SMALL_TASKS), None, samples=SMALL)[0]
+        return evaluate.run(out, Source("reference-8k"), None, list(SMALL_TASKS), None, samples=SMALL)[0]
     return analyze.run(out, figure, Source(), None, 0, num_prompts=SMALL)[0]

@@ -12,6 +12,7 @@ import pytest
 
 from prhs_calibration.evaluation import evaluate as library
 from prhs_calibration.evaluation import lm_harness
+from prhs_cli.accuracy import doubts
 from prhs_cli.plots import accuracy, style
 from prhs_kernels.errors import InputError
 
@@ -56,11 +57,20 @@ def test_tables_and_json(prhs: Prhs, workplace: Workplace, own_data_folder: Path
     for words in ("single_needle at 300 tokens, 1 items: exact match", "perplexity at 300 tokens", "KV read"):
         assert words in done.out
     assert len(done.out.split("single_needle")) == 2, "the mean of a single task says nothing new"
+    assert "dense attention itself scores 0 on these tasks" in done.out, "a random model finds no needle"
     printed = prhs(*arguments, "--json").json
     files = sorted((own_data_folder / "results").glob("evaluate-*.json"))
     assert len(files) == 2
     assert [json.loads(path.read_text())["data"] for path in files] == [printed["data"]] * 2
     assert not list((own_data_folder / "results" / "partial").glob("*")), "nothing is left to continue"
+
+
+def test_a_capable_model_is_not_doubted() -> None:
+    def averages(*scores: float) -> dict[str, Any]:
+        return {"averages": [{"selector": "dense", "score": {"mean": score}} for score in scores]}
+
+    assert doubts(averages(0.9, 1.0)) == doubts(averages()) == []
+    assert "scores 0.2 on" in doubts(averages(0.9, 0.2))[0]
 
 
 def test_published_budgets_are_rows_of_their_own(prhs: Prhs, workplace: Workplace, tmp_path: Path) -> None:
@@ -110,7 +120,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(
     assert len(ran) == 5, "of four items one was left"
     monkeypatch.setattr(library, "_run", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     other = prhs(*arguments, "--seed", 5)
-    assert other.error.startswith("interrupted: 0 finished items are kept")
+    assert other.error.startswith("interrupted: no item was finished, what was found for matching is kept")
 
 
 @pytest.mark.parametrize(

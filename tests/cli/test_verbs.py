@@ -40,6 +40,8 @@ def test_calibrate_dry_run_writes_nothing(prhs: Prhs, workplace: Workplace, own_
     done = prhs("calibrate", workplace.model, "--dry-run", "--json")
     assert done.code == 0
     assert done.json["flops"] > 0 and done.json["peak_bytes"] > 0
+    shown = prhs("calibrate", workplace.model, "--dry-run").out
+    assert "minutes at 100 TFLOP/s" in shown and "beside the weights" in shown
     assert not own_data_folder.exists()
 
 
