@@ -29,8 +29,8 @@ def doubts(data: dict[str, Any]) -> list[str]:
     if not dense or min(dense) >= CAPABLE:
         return []
     return [
-        f"dense attention itself scores {min(dense):.3g} on these tasks, so they show little of what selectors "
-        "lose: choose a model that can do them, such as reference-8k, or shorter --lengths"
+        f"dense attention itself scores {min(dense):.3g} on these tasks, so they show little of what "
+        "selectors lose: choose a model that can do them, such as reference-8k, or shorter --lengths"
     ]
 
 

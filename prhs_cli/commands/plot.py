@@ -107,7 +107,7 @@ def _small(out: Output, figure: str) -> Path:
             "or give a result file"
         )
     out.note(
-        f"no result in your data folder (one written elsewhere is given by its name): making one from {SMALL} "
+        f"no result in your data folder (one written elsewhere is given by name): making one from {SMALL} "
         "prompts on an embedded model"
     )
     if figure == "bound":
