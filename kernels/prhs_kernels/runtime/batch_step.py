@@ -53,6 +53,11 @@ class BatchStep:
         """Of the step that comes next."""
         return step_plan(self.progress.slot, self.rule, backend=self.backend)
 
+    def prepare(self) -> None:
+        """What a step needs that is not captured with it."""
+        if self.sets.window_audit is not None:
+            self.sets.window_audit.prepare()
+
     def run(self) -> None:
         """The step: device work only, so that it can be captured."""
         now, plan = self.progress, self.plan()

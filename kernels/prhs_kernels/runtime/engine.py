@@ -211,6 +211,7 @@ class DecodeEngine:
         if tokens is not None:
             self._step.progress.token.copy_(tokens)
             self._step.progress.restart()
+        self._step.prepare()
         if self.use_graph:
             if self._graph is None:
                 self.capture()

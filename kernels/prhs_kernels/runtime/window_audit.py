@@ -15,6 +15,8 @@ from prhs_kernels.ops.dense_decode.api import dense_decode
 from prhs_kernels.ops.step_plan.api import StepPlan
 from prhs_kernels.params import SelectorParams
 
+AHEAD = 64  # steps whose coins are drawn together
+
 
 def windowed_layers(params: SelectorParams) -> list[int]:
     """Layers that cannot see their oldest positions."""
@@ -25,9 +27,9 @@ def windowed_layers(params: SelectorParams) -> list[int]:
 class WindowAudit:
     """Coins of a step and totals of a run, on the device.
 
-    `heads` means `[layers with a window, batch, num_kv_heads]`. coin: heads bool. kept, whole: heads and
-    group, fp32, log-sum-exp of a unit's set and of what dense attention sees; whole is -inf without a coin.
-    mass: `[1]` fp64; units: `[3]` int64: exact (nothing dropped), audited, all but the exact ones.
+    `heads` means `[layers with a window, batch, num_kv_heads]`. coin: heads bool. mass: `[1]` fp64; units:
+    `[3]` int64: exact (nothing dropped), audited, all but the exact ones. A step keeps, by layer, the
+    log-sum-exp of the sets and of what dense attention sees; the latter is -inf without a coin.
     """
 
     def __init__(
@@ -42,16 +44,29 @@ class WindowAudit:
         self._units = torch.arange(len(self._layers) * batch * params.num_kv_heads, device=device).view(heads)
         self.coin = torch.zeros(heads, dtype=torch.bool, device=device)
         self.spans = torch.zeros(*heads, 4, dtype=torch.int32, device=device)
-        self.kept, self.whole = (
-            torch.zeros(*heads, params.group_size, dtype=torch.float32, device=device) for _ in range(2)
-        )
+        self._group = params.group_size
+        self._kept: list[torch.Tensor] = []
+        self._whole: list[torch.Tensor] = []
+        self._ahead = torch.zeros(AHEAD, *heads, dtype=torch.bool, device=device)  # coins, by step % AHEAD
+        self._drawn = 0  # of them for steps to come
         self.mass = torch.zeros(1, dtype=torch.float64, device=device)
         self.units = torch.zeros(3, dtype=torch.int64, device=device)
 
+    def prepare(self) -> None:
+        """Before each step, outside of its graph: draws take many kernels, so those of many steps at once."""
+        if self._drawn == 0:
+            places = torch.arange(AHEAD, device=self._step.device)
+            steps = self._step + (places - self._step) % AHEAD  # this one, and those that follow it
+            draws = philox(self._seed, steps[:, None, None, None] * self._units.numel() + self._units)
+            self._ahead.copy_((draws & 0x7FFFFFFF) <= self._limit)
+            self._drawn = AHEAD
+        self._drawn -= 1
+
     def begin(self, plan: StepPlan) -> None:
-        """Draw the coins of a step; who lost has nothing to be read, the others all that is visible."""
-        draws = philox(self._seed, self._step * self._units.numel() + self._units)
-        self.coin.copy_((draws & 0x7FFFFFFF) <= self._limit)
+        """Toss the coins of a step; who lost has nothing to be read, the others all that is visible."""
+        self._kept.clear()
+        self._whole.clear()
+        self.coin.copy_(self._ahead.index_select(0, self._step % AHEAD)[0])
         end = plan.spans[self._index, :, 3]
         begin = end - plan.visible[self._index]
         seen = torch.stack([begin, begin, begin, end], dim=-1)[:, :, None]
@@ -67,12 +82,12 @@ class WindowAudit:
             return
         # heads as sequences: spans are per sequence, and a head without a coin reads nothing
         alone = (tensor.flatten(0, 1).unsqueeze(1) for tensor in (keys, values))
-        rows = query.reshape(-1, self.kept.shape[-1], 1, query.shape[-1])
+        rows = query.reshape(-1, self._group, 1, query.shape[-1])
         _, whole = dense_decode(
             rows, *alone, scale=scale, spans=self.spans[place].flatten(0, 1), backend=self._backend
         )
-        self.whole[place].copy_(whole.view(self.whole[place].shape))
-        self.kept[place].copy_(lse.reshape(self.kept[place].shape))
+        self._kept.append(lse)
+        self._whole.append(whole)
 
     def end(self, plan: StepPlan, counts: dict[int, torch.Tensor], alive: torch.Tensor) -> None:
         """Add up a step.
@@ -90,7 +105,8 @@ class WindowAudit:
         complete = torch.stack(sizes) == plan.visible[self._index][..., None]
         others = living & ~complete
         audited = others & self.coin
-        dropped = (1.0 - (self.kept - self.whole).exp()).clamp(min=0.0).mean(dim=-1).double()
+        kept, whole = (torch.stack(each).view(*living.shape, -1) for each in (self._kept, self._whole))
+        dropped = (1.0 - (kept - whole).exp()).clamp(min=0.0).mean(dim=-1).double()
         self.mass.add_(torch.where(audited, dropped, 0.0).sum())
         self.units.add_(torch.stack([(living & complete).sum(), audited.sum(), others.sum()]))
 
