@@ -24,7 +24,7 @@ import torch
 
 from prhs_kernels.errors import PrhsError, ResourceError
 from prhs_kernels.ops.backend import HEAD_DIMS, has_triton, interpreted
-from prhs_kernels.ops.decode_config import DecodeConfig, max_registers, next_power_of_2
+from prhs_kernels.ops.decode_config import DecodeConfig, gather_registers, max_registers, next_power_of_2
 from prhs_kernels.ops.launch_table import tile
 from prhs_kernels.ops.retrieve.config import ScanConfig, choose_config, scan_registers, weigh_config
 from prhs_kernels.ops.retrieve.key_copy import MAX_FP32_FP8, KeyCopyKind
@@ -120,6 +120,8 @@ def compile_case(case: Case) -> Usage:
         options["maxnreg"] = scan_registers(case.kernel, TORCH_DTYPES[case.dtype]) or 255
     elif case.kernel in ("weigh", "choose"):
         options["maxnreg"] = 128
+    elif case.kernel == "sparse_decode" and (bound := gather_registers(TORCH_DTYPES[case.dtype])):
+        options["maxnreg"] = bound
     elif case.kernel in ("dense_decode", "gate", "merge_state"):
         options["maxnreg"] = max_registers(options["num_warps"])
     names = kernel.arg_names

@@ -56,7 +56,7 @@ class Retrieval:
         moving = moving.expand(-1, -1, p.group).reshape(p.batch, p.num_qo_heads, 1, 1)
         self.queries = torch.where(moving, inputs.queries, inputs.queries[:1])
         self.state = RetrievalState.allocate(
-            p.batch, p.num_kv_heads, p.group, p.head_dim, p.kept + 4096, inputs.dtype, device
+            p.batch, p.num_kv_heads, p.group, p.head_dim, p.kept + 512, inputs.dtype, device
         )
         self.scratch = RetrievalScratch.allocate(p.batch, p.num_kv_heads, p.group, p.n, device)
         self.step(0)  # every row has a set from here on
@@ -78,7 +78,7 @@ class Retrieval:
         self.step(i)
         output, _ = sparse_decode(
             *self.qkv(i), self.state.indices, count=self.state.count, spans=self.inputs.spans,
-            scale=self.inputs.scale, backend="triton",
+            scale=self.inputs.scale, mean_kept=self.inputs.problem.kept, backend="triton",
         )  # fmt: skip
         return output
 

@@ -11,7 +11,7 @@ from prhs_kernels.ops.backend import num_sms
 from prhs_kernels.ops.launch_table import tile
 
 MAX_SPLITS = 64
-MOST_TILES = 32  # of a KV head at the least size of a split; programs that are left empty cost a little
+START, MERGE = 1.5, 1.5  # what a program's start and end take, and merging splits, in iterations
 
 
 def next_power_of_2(n: int) -> int:
@@ -53,27 +53,41 @@ def max_registers(num_warps: int) -> int:
     return min(168, 65536 // (32 * num_warps))
 
 
+def gather_registers(dtype: torch.dtype) -> int | None:
+    """Bound on the registers of a thread where kept positions are gathered: only in fp32, for that reason."""
+    return 255 if dtype == torch.float32 else None
+
+
 def precision(dtype: torch.dtype) -> str:
     """fp32 inputs are multiplied as fp32: TF32 would keep 10 bits of the mantissa."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def sparse_config(
-    query: torch.Tensor, num_kv_heads: int, max_kept: int, num_splits: int | None = None
-) -> DecodeConfig:
-    """Launch shape for sets of at most `max_kept`; depends on shapes only, never on data.
+    query: torch.Tensor, num_kv_heads: int, max_kept: int, num_splits: int | None = None,
+    mean_kept: int | None = None,
+) -> DecodeConfig:  # fmt: skip
+    """Launch shape for sets of `mean_kept` positions, at most `max_kept`, depends on shapes only.
 
-    Counts are known on the device only, so a split has a few tiles at least, more where there are rows enough
-    to fill the card, and a head with many gets more splits.
+    A KV head of the mean size gets as many splits as take least time in waves of programs that run at once.
+    Counts are known on the device only: where some may be far above the mean there are more programs, so that
+    a head with many positions gets more splits of that size.
     """
     shape = tile("sparse_decode", query.shape[-1], query.dtype, query.device)
-    rows = query.shape[0] * num_kv_heads
-    tiles = max(1, -(-max_kept // shape.block_n))
-    least = 1
-    if num_splits is None:
-        least = max(1, min(4, round(8 * rows / num_sms(query.device))))
-        num_splits = min(-(-tiles // least), MOST_TILES // least)
-    return DecodeConfig(shape.block_n, shape.num_warps, shape.num_stages, min(num_splits, MAX_SPLITS), least)
+    rows, at_once = max(1, query.shape[0] * num_kv_heads), shape.per_sm * num_sms(query.device)
+    if num_splits is not None:
+        return DecodeConfig(shape.block_n, shape.num_warps, shape.num_stages, min(num_splits, MAX_SPLITS))
+    mean = max(1, min(mean_kept or max_kept, max_kept))
+    tiles = -(-mean // shape.block_n)
+
+    def cost(splits: int) -> float:
+        waves = -(-rows * splits // at_once)
+        return waves * (-(-tiles // splits) + START) + (MERGE if splits > 1 else 0)
+
+    wanted = min(range(1, min(tiles, MAX_SPLITS) + 1), key=cost)
+    room = min(4, max(1, max_kept // (2 * mean)))
+    splits = min(wanted * room, MAX_SPLITS)
+    return DecodeConfig(shape.block_n, shape.num_warps, shape.num_stages, splits, -(-tiles // wanted))
 
 
 def dense_config(

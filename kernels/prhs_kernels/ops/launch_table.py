@@ -24,9 +24,9 @@ class Tile:
 
 # (kernel, bits of the dtype, largest head_dim of the entry)
 _SM90 = {
-    ("sparse_decode", 16, 128): Tile(64, 4, 3),
-    ("sparse_decode", 16, 256): Tile(32, 4, 3),
-    ("sparse_decode", 32, 256): Tile(16, 8, 2),
+    ("sparse_decode", 16, 128): Tile(64, 4, 3, per_sm=3),
+    ("sparse_decode", 16, 256): Tile(32, 4, 3, per_sm=3),
+    ("sparse_decode", 32, 256): Tile(16, 8, 2, per_sm=3),
     ("dense_decode", 16, 128): Tile(64, 4, 3, per_sm=3),
     ("dense_decode", 16, 256): Tile(32, 4, 3, per_sm=3),
     ("dense_decode", 32, 256): Tile(16, 8, 2, per_sm=3),
@@ -44,8 +44,8 @@ _SM90 = {
 # where the entries above would take a few bytes of the stack
 _SM100 = {
     **_SM90,
-    ("sparse_decode", 32, 64): Tile(16, 8, 2),
-    ("sparse_decode", 32, 128): Tile(16, 4, 2),
+    ("sparse_decode", 32, 64): Tile(16, 8, 2, per_sm=3),
+    ("sparse_decode", 32, 128): Tile(16, 4, 2, per_sm=3),
     ("scan fp8", 16, 128): Tile(32, 4, 4, per_sm=4),
     ("scan int4", 16, 80): Tile(32, 4, 4, per_sm=4),
 }

@@ -24,21 +24,29 @@ def selecting_layers(time: TimeParams) -> list[int]:
     return [layer for layer, ratio in enumerate(time.budget_ratio) if bool((ratio < 1).any())]
 
 
-def set_capacity(params: SelectorParams, windows: list[int | None], max_len: int) -> int:
-    """Indices per head that no set of these parameters can exceed in a cache of `max_len` slots."""
+def set_sizes(
+    params: SelectorParams, layer: int, window: int | None, max_len: int, grown: bool = True
+) -> list[int]:
+    """Indices per head that no set of a layer can exceed in a cache of `max_len` slots; grown: nor the steps
+    after a retrieval, each of which adds one."""
     time = params.time
     assert time is not None
-    most = 16
-    for layer in selecting_layers(time):
-        seen = min(max_len, windows[layer] or max_len)
-        for head in range(params.num_kv_heads):
-            ratio = float(time.budget_ratio[layer, head])
-            budget = seen if ratio >= 1 else int(ratio * seen) + int(time.budget_tokens[layer, head])
-            shares = int(time.gate[layer, head]) != Gate.NEVER
-            block = min(int(time.block[layer, head]), max_len) if shares else 1
-            dilation = int(time.dilation[layer, head])
-            most = max(most, capacity_for(budget, params.num_sinks, params.num_local, dilation, block))
-    return min(most, -(-max_len // 16) * 16)
+    seen, sizes = min(max_len, window or max_len), []
+    for head in range(params.num_kv_heads):
+        ratio = float(time.budget_ratio[layer, head])
+        budget = seen if ratio >= 1 else int(ratio * seen) + int(time.budget_tokens[layer, head])
+        shares = int(time.gate[layer, head]) != Gate.NEVER
+        block = min(int(time.block[layer, head]), max_len) if shares and grown else 1
+        dilation = int(time.dilation[layer, head])
+        sizes.append(capacity_for(budget, params.num_sinks, params.num_local, dilation, block))
+    return [min(size, -(-max_len // 16) * 16) for size in sizes]
+
+
+def set_capacity(params: SelectorParams, windows: list[int | None], max_len: int) -> int:
+    """The largest of them over all layers and heads."""
+    assert params.time is not None
+    sizes = [set_sizes(params, layer, windows[layer], max_len) for layer in selecting_layers(params.time)]
+    return max(16, *(size for layer in sizes for size in layer)) if sizes else 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,6 +88,7 @@ class IndexSets:
         self.stacked: RetrievalState | None = None
         self.states: dict[int, RetrievalState] = {}
         self.rules: dict[int, RetrievalRule] = {}
+        self._mean_kept: dict[int, int] = {}
         self._scratch: RetrievalScratch | None = None
         time = params.time
         layers = [] if time is None else selecting_layers(time)
@@ -93,6 +102,9 @@ class IndexSets:
         for place, layer in enumerate(layers):
             self.states[layer] = _part(self.stacked, slice(place * batch, (place + 1) * batch))
             self.rules[layer] = RetrievalRule.from_time(time, layer, params.num_local, device)
+            self._mean_kept[layer] = (
+                sum(set_sizes(params, layer, windows[layer], max_len, grown=False)) // heads
+            )
             if audit is not None and layer not in hidden:
                 self.audits[layer] = audit.for_layer(layer, batch, heads, group, device)
         if backend == "triton":
@@ -143,7 +155,8 @@ class IndexSets:
         )
         output, lse = sparse_decode(
             query, keys, values, state.indices,
-            scale=scale, count=state.count, spans=spans, backend=self.backend,
+            scale=scale, count=state.count, spans=spans, mean_kept=self._mean_kept[layer],
+            backend=self.backend,
         )  # fmt: skip
         if audit is not None:
             count_dropped(lse.float(), state, audit, exact=copy is None, alive=alive, backend=self.backend)

@@ -256,3 +256,23 @@ def test_dense_splits_fill_the_last_wave(monkeypatch: pytest.MonkeyPatch) -> Non
     assert decode_config.dense_config(query, 1, 2048).num_splits == 3, (
         "1536 programs in 4 waves, not 512 in 2"
     )
+
+
+def test_sparse_splits_by_waves_of_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """132 multiprocessors take three programs each; sets of 1024 are 16 tiles. More programs where a head may
+    keep far more than most, but none so small that every head would be split finer."""
+    from prhs_kernels.ops import decode_config
+
+    monkeypatch.setattr(decode_config, "num_sms", lambda device: 132)
+
+    def chosen(rows: int, kept: int, max_kept: int = 0) -> tuple[int, int]:
+        query = torch.empty(rows, 4, 1, 128, dtype=torch.bfloat16)
+        config = decode_config.sparse_config(query, 1, max_kept or kept, mean_kept=kept)
+        return config.num_splits, config.least_tiles
+
+    assert chosen(64, 1024) == (6, 3), "384 programs in one wave"
+    assert chosen(128, 1024) == (3, 6)
+    assert chosen(512, 256) == (1, 4), "1024 programs and a merge would take longer than 512"
+    assert chosen(8, 1024) == (16, 1)
+    assert chosen(64, 1024, 32768) == (24, 3)
+    assert chosen(64, 1) == (1, 1)

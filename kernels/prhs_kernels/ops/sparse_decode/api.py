@@ -26,6 +26,7 @@ def sparse_decode(
     count: torch.Tensor | None = None,
     spans: torch.Tensor | None = None,
     num_splits: int | None = None,
+    mean_kept: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the rows of K and V that each KV head kept; a KV head without rows gives 0 and lse -inf.
@@ -38,7 +39,8 @@ def sparse_decode(
         count: `[batch, num_kv_heads]` int32 or int64, on the device; indices from there on are not read.
         spans: `[batch, 4]` int32 of `candidate_spans`; indices outside are skipped, so that a set stays
             valid while the window moves.
-        num_splits: programs per KV head; default from the shapes and the device.
+        num_splits: programs per KV head; default from the shapes and the device, and from
+        mean_kept: positions that a KV head is expected to keep on average, by default `max_kept`.
         backend: `auto` is triton on CUDA, the reference elsewhere.
 
     Returns:
@@ -64,7 +66,7 @@ def sparse_decode(
     check_kernel_limits(query, keys, values)
     from prhs_kernels.ops.sparse_decode import triton as kernel
 
-    config = sparse_config(query, num_kv_heads, indices.shape[-1], num_splits)
+    config = sparse_config(query, num_kv_heads, indices.shape[-1], num_splits, mean_kept)
     return kernel.sparse_decode(
         query if query.stride(-1) == 1 else query.contiguous(),
         keys,

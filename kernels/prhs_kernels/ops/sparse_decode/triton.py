@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from prhs_kernels.ops.decode_config import DecodeConfig
+from prhs_kernels.ops.decode_config import DecodeConfig, gather_registers
 from prhs_kernels.ops.merge_state.triton import merge_state
 from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
 
@@ -58,7 +58,10 @@ def attend_tile(q, k, v, valid, best, total, acc, scale_log2, PRECISION: tl.cons
     shrink = tl.exp2(best - base)
     probs = tl.exp2(scores - base[:, None])
     total = total * shrink + tl.sum(probs, axis=1)
-    acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    if PRECISION == "ieee":  # summed within the tile first, or rounding would add up along all positions
+        acc = tl.fma(acc, shrink[:, None], tl.dot(probs, v, input_precision=PRECISION))
+    else:
+        acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None])
     return higher, total, acc
 
 
@@ -201,6 +204,7 @@ def sparse_decode(
         **config.constants(query, num_kv_heads),
         HAS_COUNT=count is not None,
         HAS_SPANS=spans is not None,
+        maxnreg=gather_registers(query.dtype),
         **pdl_options(query.device),
     )
     return finish(part, lse, output, config.num_splits)
