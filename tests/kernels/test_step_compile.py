@@ -22,15 +22,25 @@ INTEGERS = (
     "gate",
     "block",
     "anchor",
+    "anchor_slot",
     "decision",
+    "work",
+    "coin",
 )
 TYPES = {
-    **{f"{name}_ptr": "*i32" for name in (*INTEGERS, "decision", "count", "idx")},
+    **{f"{name}_ptr": "*i32" for name in (*INTEGERS, "count", "idx")},
     **{f"{name}_ptr": "*i64" for name in ("slot", "padding", "window", "shift", "tokens")},
     **{f"{name}_ptr": "*fp64" for name in ("fraction", "ratio", "totals")},
+    **{f"{name}_ptr": "*fp32" for name in ("tau", "row_scale")},
+    "data_ptr": "*u8",
+    "step_ptr": "*i64",
     "alive_ptr": "*i1",
     "eps": "fp32",
 }
+ROTATES = {
+    "HEAD_DIM": 256, "GROUP": 16, "BLOCK_G": 32, "BLOCK_H": 128, "SPLITS": 3, "STORE_BEFORE": True,
+    "BLOCK": 1024, "LARGEST": 7.0,
+}  # fmt: skip
 KERNELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, int]]] = {
     "rms_norm": (
         "rms_norm", "rms_norm_kernel",
@@ -39,9 +49,17 @@ KERNELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, int
     ),
     "rope_append": (
         "rope_append", "rope_append_kernel",
-        {"HEAD_DIM": 96, "BLOCK": 64, "SPLITS": 3, "HAS_NORM": True, "STORE_BEFORE": True},
-        {"qkv_ptr": "*fp32"}, {"num_warps": 1},
+        {**ROTATES, "HAS_NORM": True, "GATE": False, "AUDIT": False, "COPY": False, "KIND": "exact"},
+        {"qkv_ptr": "*fp32"}, {"num_warps": 16, "maxnreg": 128},
     ),
+    **{
+        f"rope_append, {kind}": (
+            "rope_append", "rope_append_kernel",
+            {**ROTATES, "HAS_NORM": False, "GATE": True, "AUDIT": True, "COPY": True, "KIND": kind},
+            {"qkv_ptr": "*fp32"}, {"num_warps": 16, "maxnreg": 128},
+        )
+        for kind in ("exact", "int4", "fp8")
+    },
     "silu_mul": ("silu_mul", "silu_mul_kernel", {"BLOCK": 1024}, {}, {"num_warps": 4}),
     "linear_parts": (
         "skinny_linear", "linear_parts_kernel",

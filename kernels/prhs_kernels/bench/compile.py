@@ -224,7 +224,7 @@ def _prefill(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
 
 
 def _gate(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    from prhs_kernels.ops.retrieve.triton import gate_kernel
+    from prhs_kernels.ops.retrieve.gate.triton import gate_kernel
 
     constants = {
         "AUDIT": True,
@@ -232,7 +232,7 @@ def _gate(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
         "HEAD_DIM": case.head_dim,
         "GROUP": case.group,
         "BLOCK_G": next_power_of_2(case.group),
-        "BLOCK_D": next_power_of_2(case.head_dim),
+        "BLOCK_H": next_power_of_2(case.head_dim // 2),
         "BLOCK": 1024,
     }
     return gate_kernel, constants, {"num_warps": 4}
@@ -270,8 +270,8 @@ def _key_copy(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     from prhs_kernels.ops.retrieve.quantise.triton import quantise_kernel
 
     kind = KeyCopyKind(case.kernel.removeprefix("key copy "))
-    width = kind.width(case.head_dim)
-    sizes = {"WIDTH": width, "BLOCK_W": next_power_of_2(width), "BLOCK_N": 16}
+    half = case.head_dim // 2
+    sizes = {"HALF": half, "BLOCK_H": next_power_of_2(half), "BLOCK_N": 16}
     return quantise_kernel, {**sizes, "KIND": kind.value, "LARGEST": kind.largest}, {"num_warps": 4}
 
 

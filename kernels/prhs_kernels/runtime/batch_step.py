@@ -64,7 +64,8 @@ class BatchStep:
         self.counter.begin()
         if (audit := self.sets.window_audit) is not None:
             audit.begin(plan)
-        logits = self._decoder(now.token, plan, self.cache.keys, self.cache.values, self._attend)
+        gate = self.sets.gate
+        logits = self._decoder(now.token, plan, self.cache.keys, self.cache.values, self._attend, gate)
         self.logits = logits  # the last one recorded is the graph's
         self.counter.end(plan, now.alive)
         if audit is not None:

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from prhs_kernels.ops.backend import Backend
+from prhs_kernels.ops.retrieve.state import GateInputs
 from prhs_kernels.ops.rms_norm.api import rms_norm
 from prhs_kernels.ops.rope_append.api import rope_append
 from prhs_kernels.ops.silu_mul.api import silu_mul
@@ -25,6 +26,7 @@ from prhs_kernels.runtime.attach import OwnHook
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias of a projection
 # layer, query after and before RoPE, new key, plan -> output `[batch, num_qo_heads, 1, head_dim]`
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, StepPlan], torch.Tensor]
+Gate = Callable[[int, StepPlan], GateInputs | None]  # of a layer, where the rotation decides who retrieves
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -146,7 +148,7 @@ class DecoderStep:
 
     def __call__(
         self, tokens: torch.Tensor, plan: StepPlan, keys: list[torch.Tensor], values: list[torch.Tensor],
-        attend: Attend,
+        attend: Attend, gate: Gate,
     ) -> torch.Tensor:  # fmt: skip
         out, residual = self.embedding[tokens], None
         for index, layer in enumerate(self.layers):
@@ -164,6 +166,7 @@ class DecoderStep:
                 q_norm=layer.q_norm,
                 k_norm=layer.k_norm,
                 eps=layer.eps,
+                gate=gate(index, plan),
                 backend=self.backend,
             )
             out = self._project(attend(index, query, query_pre, key, plan).flatten(1), layer.o)

@@ -12,7 +12,13 @@ from prhs_kernels.ops.backend import Backend
 from prhs_kernels.ops.dense_decode.api import dense_decode
 from prhs_kernels.ops.retrieve.api import retrieve
 from prhs_kernels.ops.retrieve.key_copy import KeyCopy, KeyCopyKind
-from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalScratch, RetrievalState, capacity_for
+from prhs_kernels.ops.retrieve.state import (
+    GateInputs,
+    RetrievalRule,
+    RetrievalScratch,
+    RetrievalState,
+    capacity_for,
+)
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.ops.step_plan.api import StepPlan
 from prhs_kernels.params import Gate, SelectorParams, TimeParams
@@ -124,20 +130,37 @@ class IndexSets:
                 )
             self.copies[layer].write(keys[layer][:, :, : used[layer]], backend=self.backend)
 
+    def gate(self, layer: int, plan: StepPlan) -> GateInputs | None:
+        """What the kernels decide by while they rotate; None where a layer has no sets, or by reference."""
+        state = self.states.get(layer)
+        if state is None or self._scratch is None:
+            return None
+        return GateInputs(
+            plan.spans[layer],
+            plan.budget[layer],
+            self.rules[layer],
+            state,
+            self._scratch,
+            self.copies.get(layer),
+            self.audits.get(layer),
+        )
+
     def attend(
         self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, key: torch.Tensor,
         keys: torch.Tensor, values: torch.Tensor, plan: StepPlan, alive: torch.Tensor, scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Bring a layer's sets up to date and attend to them; shapes as in `retrieve` and `sparse_decode`.
 
-        key: `[batch, num_kv_heads, 1, head_dim]`, the one that was appended to `keys`. Gives the output and
-        the log-sum-exp `[batch, num_qo_heads, 1]` of what was attended to.
+        With the kernels, `rope_append` must have run with this layer's `gate`. key: `[batch, num_kv_heads, 1,
+        head_dim]`, the one that was appended to `keys`. Gives the output and the log-sum-exp `[batch,
+        num_qo_heads, 1]` of what was attended to.
         """
         spans, state = plan.spans[layer], self.states.get(layer)
         if state is None:
             return dense_decode(query, keys, values, scale=scale, spans=spans, backend=self.backend)
         copy, audit = self.copies.get(layer), self.audits.get(layer)
-        if copy is not None:
+        gated = self._scratch is not None  # by `rope_append`, which has written the key's copy as well
+        if copy is not None and not gated:
             copy.write(key, plan.slots[layer], backend=self.backend)
         retrieve(
             query,
@@ -151,6 +174,7 @@ class IndexSets:
             scratch=self._scratch,
             key_copy=copy,
             audit=audit,
+            gated=gated,
             backend=self.backend,
         )
         output, lse = sparse_decode(

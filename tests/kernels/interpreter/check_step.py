@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
-from prhs_kernels.ops.retrieve.state import RetrievalState
+from prhs_kernels.ops.audit.state import LayerAudit
+from prhs_kernels.ops.retrieve import launch
+from prhs_kernels.ops.retrieve.key_copy import KeyCopy, KeyCopyKind
+from prhs_kernels.ops.retrieve.state import GateInputs, RetrievalRule, RetrievalScratch, RetrievalState
 from prhs_kernels.ops.rms_norm.api import rms_norm
 from prhs_kernels.ops.rope_append.api import rope_append
 from prhs_kernels.ops.silu_mul.api import silu_mul
@@ -137,6 +139,79 @@ def test_rope_append(
     for name, *triple in zip(("query", "query before RoPE", "key"), found, stock, exact, strict=False):
         assert_as_exact_as(*triple, name)
     assert torch.equal(found[3], stock[3]), "values are copied"
+
+
+def gate_inputs(heads: tuple[int, int], head_dim: int, dtype: torch.dtype, kind: str) -> GateInputs:
+    """Sequences of 40 and 20 slots; heads of every gate, with budgets, anchors and sets of all sorts."""
+    group, kv_heads, capacity = heads[0] // heads[1], heads[1], 48
+    state = RetrievalState.allocate(2, kv_heads, group, head_dim, capacity, dtype, DEVICE)
+    state.anchor_query.copy_(drawn(*state.anchor_query.shape, dtype=dtype, seed=20))
+    state.indices.copy_(torch.arange(capacity))
+    numbers = torch.Generator().manual_seed(21)
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=numbers).to(DEVICE, torch.int32)
+
+    state.count.copy_(integers(10, capacity + 1, 2, kv_heads))
+    state.anchor_slot.copy_(integers(-1, 19, 2, kv_heads))
+    rule = RetrievalRule(
+        gate=torch.arange(kv_heads, dtype=torch.int32, device=DEVICE) % 3,
+        tau_cos=torch.linspace(-1, -0.5, kv_heads, device=DEVICE),
+        block=integers(30, 60, kv_heads),
+        dilation=integers(0, 2, kv_heads),
+        num_local=4,
+    )
+    spans = torch.tensor([[0, 2, 2, 40], [1, 3, 5, 20]], dtype=torch.int32, device=DEVICE)
+    copied = None if kind == "exact" else KeyCopy.allocate(kind, 2, kv_heads, 40, head_dim, DEVICE)
+    return GateInputs(
+        spans=spans,
+        budget=integers(5, 40, 2, kv_heads),
+        rule=rule,
+        state=state,
+        scratch=RetrievalScratch.allocate(2, kv_heads, group, 40, DEVICE),
+        key_copy=copied,
+        audit=LayerAudit.allocate(0.5, 3, 2, kv_heads, group, DEVICE),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["exact", "int4", "int8", "fp8"])
+@pytest.mark.parametrize(("heads", "head_dim"), [((12, 6), 64), ((7, 7), 80), ((8, 2), 96)])
+def test_the_rotation_decides_as_the_gate_does(
+    dtype: torch.dtype, kind: str, heads: tuple[int, int], head_dim: int
+) -> None:
+    """Bit by bit the state, the work list, the coins and the copy that separate launches leave behind."""
+    query_heads, kv_heads = heads
+    parts = drawn(2, 2, (query_heads + 2 * kv_heads) * head_dim, dtype=torch.float32, seed=22)
+    table = drawn(64, head_dim // 2, dtype=dtype, seed=23)
+    places = {
+        "positions": torch.tensor([39, 19], dtype=torch.int32, device=DEVICE),
+        "slots": torch.tensor([39, 19], dtype=torch.int32, device=DEVICE),
+    }
+    found = []
+    for fused in (False, True):
+        inputs = gate_inputs(heads, head_dim, dtype, kind)
+        keys, values = torch.zeros(2, 2, kv_heads, 40, head_dim, dtype=dtype, device=DEVICE)
+        query, before, key = rope_append(
+            parts, keys, values, cos=table, sin=table.flip(0), **places,
+            gate=inputs if fused else None, backend="triton",
+        )  # fmt: skip
+        copied, state = inputs.key_copy, inputs.state
+        if not fused:
+            settings = inputs.spans, inputs.budget, inputs.rule, state, inputs.scratch, inputs.audit
+            launch.gate(query, before, *settings, copied is not None)
+            if copied is not None:
+                copied.write(key, places["slots"], backend="triton")
+        listed = int(inputs.scratch.work[0])
+        tensors = [getattr(state, field.name) for field in dataclasses.fields(state)]
+        tensors += [query, before, key, keys, values, inputs.audit.coin]
+        tensors += [inputs.scratch.work[:1], inputs.scratch.work[3 : 3 + listed].sort().values]
+        if copied is not None:
+            tensors += [copied.data.view(torch.uint8), copied.scale]
+        found.append(tensors)
+    for separate, fused in zip(*found, strict=True):
+        assert torch.equal(separate, fused)
+    assert set(found[0][4].flatten().tolist()) == {0, 1, 2} or kv_heads == 2, "every decision is there"
 
 
 def plan_rule(num_layers: int, heads: int, released: bool) -> PlanRule:

@@ -32,6 +32,7 @@ def retrieve(
     scratch: RetrievalScratch | None = None,
     key_copy: KeyCopy | None = None,
     audit: LayerAudit | None = None,
+    gated: bool = False,
     backend: Backend = "auto",
 ) -> None:
     """Bring every KV head's index set up to date for this step; `state` is written in place.
@@ -53,6 +54,8 @@ def retrieve(
         audit: coins and their results. A head that shares, or one that scores with a copy, is scanned on
             exact keys with the audit's probability; its set is not changed by that. See `ops.audit`.
         scale: factor on the dot products.
+        gated: `rope_append` has decided with the same arguments, so that this goes on from its work list;
+            kernels only.
 
     Raises:
         UsageError: shapes, dtypes, devices, head_dim or group that the backend cannot take.
@@ -62,6 +65,8 @@ def retrieve(
     _check(query, query_pre, keys, spans, budget, rule, state)
     _check_options(keys, state, key_copy, audit)
     if not use_triton(backend, query):
+        if gated:
+            raise UsageError("gated = True continues what a kernel decided; the reference decides by itself")
         retrieve_step(query, query_pre, keys, spans, budget, rule, state, scale, key_copy, audit)
         return
     check_kernel_limits(query, keys)
@@ -84,7 +89,7 @@ def retrieve(
 
     launch(
         query, query_pre, keys, spans.contiguous(), budget.contiguous(), rule, state, scratch, scale,
-        key_copy, audit,
+        key_copy, audit, gated,
     )  # fmt: skip
 
 

@@ -18,7 +18,13 @@ from prhs_kernels.ops.retrieve.config import (
     weigh_config,
 )
 from prhs_kernels.ops.retrieve.key_copy import KeyCopy
-from prhs_kernels.ops.retrieve.state import RetrievalRule, RetrievalScratch, RetrievalState, chunk_size
+from prhs_kernels.ops.retrieve.state import (
+    GateInputs,
+    RetrievalRule,
+    RetrievalScratch,
+    RetrievalState,
+    chunk_size,
+)
 
 
 def retrieve(
@@ -33,9 +39,11 @@ def retrieve(
     scale: float,
     key_copy: KeyCopy | None = None,
     audit: LayerAudit | None = None,
+    gated: bool = False,
 ) -> None:
     """Arguments as in `api.retrieve`, already checked."""
-    gate(query, query_pre, spans, budget, rule, state, scratch, audit, key_copy is not None)
+    if not gated:
+        gate(query, query_pre, spans, budget, rule, state, scratch, audit, key_copy is not None)
     scan(query, keys, spans, scratch, scale, key_copy, audited=audit is not None)
     weigh(spans, rule, state, scratch, audit)
     choose(spans, budget, rule, state, scratch)
@@ -48,46 +56,51 @@ def gate(
 ) -> None:  # fmt: skip
     """Share, put on the work list, or keep everything, and the audits' coins: one program per row."""
     from prhs_kernels.ops.overlap.triton import pdl_options
-    from prhs_kernels.ops.retrieve.triton import gate_kernel
+    from prhs_kernels.ops.retrieve.gate.triton import gate_kernel
 
+    inputs = GateInputs(spans, budget, rule, state, scratch, audit=audit)
     num_kv_heads, group, head_dim = state.anchor_query.shape[1:]
     gate_kernel[(state.count.numel(),)](
         query,
         query_pre,
-        spans,
-        budget,
-        rule.gate,
-        rule.tau_cos,
-        rule.block,
-        state.anchor_query,
-        state.anchor_slot,
-        state.indices,
-        state.count,
-        state.decision,
-        scratch.work,
-        audit.step if audit else scratch.work,
-        audit.coin if audit else scratch.work,
+        *gate_tensors(inputs),
         num_kv_heads,
-        state.count.numel(),
-        state.indices.shape[-1],
-        rule.num_local,
-        audit.seed if audit else 0,
-        audit.limit if audit else 0,
+        *gate_numbers(inputs),
         query.stride(0),
         query.stride(1),
         query_pre.stride(0),
         query_pre.stride(1),
-        AUDIT=audit is not None,
-        COPY=copied,
+        **gate_constants(audit is not None, copied),
         HEAD_DIM=head_dim,
         GROUP=group,
         BLOCK_G=next_power_of_2(group),
-        BLOCK_D=next_power_of_2(head_dim),
-        BLOCK=1024,
+        BLOCK_H=next_power_of_2(head_dim // 2),
         num_warps=4,
         maxnreg=max_registers(4),
         **pdl_options(query.device),
     )
+
+
+def gate_tensors(inputs: GateInputs) -> tuple[torch.Tensor, ...]:
+    """Arguments of a kernel that decides, in order; those of an audit are any memory without one."""
+    rule, state, audit, work = inputs.rule, inputs.state, inputs.audit, inputs.scratch.work
+    return (
+        inputs.spans, inputs.budget, rule.gate, rule.tau_cos, rule.block, state.anchor_query,
+        state.anchor_slot, state.indices, state.count, state.decision, work,
+        audit.step if audit else work, audit.coin if audit else work,
+    )  # fmt: skip
+
+
+def gate_numbers(inputs: GateInputs) -> tuple[int, ...]:
+    """Rows, capacity, local positions, and the audit's seed and limit."""
+    state, audit = inputs.state, inputs.audit
+    seed, limit = (audit.seed, audit.limit) if audit else (0, 0)
+    return state.count.numel(), state.indices.shape[-1], inputs.rule.num_local, seed, limit
+
+
+def gate_constants(audited: bool, copied: bool) -> dict[str, Any]:
+    """Compile-time arguments of a kernel that decides."""
+    return {"AUDIT": audited, "COPY": copied, "BLOCK": 1024}
 
 
 def scan_constants(

@@ -8,6 +8,8 @@ import enum
 import torch
 
 from prhs_kernels.errors import UsageError
+from prhs_kernels.ops.audit.state import LayerAudit
+from prhs_kernels.ops.retrieve.key_copy import KeyCopy
 from prhs_kernels.params import TimeParams
 
 MAX_DILATION = 31  # neighbours on either side
@@ -156,3 +158,20 @@ class RetrievalScratch:
     def max_len(self) -> int:
         """Slots it was made for."""
         return self.weights.shape[1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GateInputs:
+    """What a layer's decisions in a step follow from besides the queries; fields as arguments of `retrieve`.
+
+    For `rope_append`, which decides in the launch that makes the queries and writes the new key's low-bit
+    copy there too; `retrieve(gated=True)` then goes on from the work list in `scratch`.
+    """
+
+    spans: torch.Tensor
+    budget: torch.Tensor
+    rule: RetrievalRule
+    state: RetrievalState
+    scratch: RetrievalScratch
+    key_copy: KeyCopy | None = None
+    audit: LayerAudit | None = None

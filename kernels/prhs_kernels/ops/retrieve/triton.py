@@ -1,9 +1,7 @@
-"""Gate and scan: who retrieves or is audited, and the scores of all candidates of those rows.
+"""Scan: the scores of all candidates of the rows that retrieve or are audited.
 
-Places count the candidates of a row, sinks first, then the window; scratch memory is indexed by them. An
-entry of the work list is `2 * row`, or `2 * row + 1` for an audit. Its header has the next free place, the
-length for later stages and the chunks of a piece of the scan. No stage needs a reset in between: the scan
-hands the length on, and the weighing clears the counter for the next step.
+Places count the candidates of a row, sinks first, then the window; scratch memory is indexed by them. The
+work list is that of the gate.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -15,138 +13,11 @@ import triton.language as tl
 
 from prhs_kernels.ops.backend import interpreted
 from prhs_kernels.ops.overlap.triton import wait_for_previous
+from prhs_kernels.ops.retrieve.gate.triton import HEADER, load_parts
 from prhs_kernels.ops.sparse_decode.triton import LOG2_E, load_query, load_rows
 from prhs_kernels.ops.split_k.triton import assign, pick
 
-HEADER = tl.constexpr(3)
 PACKED = tl.constexpr(not interpreted())
-
-
-@triton.jit
-def load_parts(spans_ptr, batch, num_local):
-    """First sink, number of sinks, first window slot, middle positions, end of the window."""
-    first = tl.load(spans_ptr + batch * 4)
-    sinks = tl.load(spans_ptr + batch * 4 + 1) - first
-    window = tl.load(spans_ptr + batch * 4 + 2)
-    end = tl.load(spans_ptr + batch * 4 + 3)
-    return first, sinks, window, tl.maximum(end - num_local - window, 0), end
-
-
-@triton.jit
-def smallest_cosine(query, anchor, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Of corresponding rows of two tiles `[BLOCK_G, BLOCK_D]`, in fp32."""
-    query, anchor = query.to(tl.float32), anchor.to(tl.float32)
-    norms = tl.sqrt(tl.sum(query * query, axis=1)) * tl.sqrt(tl.sum(anchor * anchor, axis=1))
-    cosine = tl.sum(query * anchor, axis=1) / tl.maximum(norms, 1e-30)
-    # rounding may not take it above 1: a threshold of 1 means never
-    return tl.minimum(tl.min(tl.where(tl.arange(0, BLOCK_G) < GROUP, cosine, 2.0), axis=0), 1.0)
-
-
-@triton.jit
-def keep_all(idx_ptr, count_ptr, count, first, sinks, window, end, capacity, BLOCK: tl.constexpr):
-    """List every candidate. Where only the end has moved on since the last step, the newest is appended."""
-    total = tl.minimum(sinks + end - window, capacity)
-    # ascending slots whose ends are these, as many as there are between them, can only be the same set
-    fits = (count == sinks + end - window - 1) & (count < capacity) & (count > sinks)
-    if fits:
-        fits = (tl.load(idx_ptr + sinks) == window) & (tl.load(idx_ptr + count - 1) == end - 2)
-    if fits & (sinks > 0):
-        fits = (tl.load(idx_ptr) == first) & (tl.load(idx_ptr + sinks - 1) == first + sinks - 1)
-    begin = tl.where(fits, count, 0)
-    for start in range(begin, total, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        slot = tl.where(place < sinks, first + place, window - sinks + place)
-        tl.store(idx_ptr + place, slot, mask=place < total)
-    tl.store(count_ptr, total)
-
-
-@triton.jit
-def enlist(work_ptr, entry):
-    """Put an entry on the work list."""
-    place = tl.atomic_add(work_ptr, 1)
-    tl.store(work_ptr + HEADER + place, entry.to(tl.int32))
-
-
-@triton.jit
-def gate_kernel(
-    q_ptr,  # [batch, num_qo_heads, HEAD_DIM]
-    q_pre_ptr,
-    spans_ptr,  # [batch, 4]
-    budget_ptr,  # [rows]
-    gate_ptr,  # [num_kv_heads]
-    tau_ptr,
-    block_ptr,
-    anchor_query_ptr,  # [rows, GROUP, HEAD_DIM]
-    anchor_slot_ptr,  # [rows]
-    idx_ptr,  # [rows, capacity]
-    count_ptr,  # [rows]
-    decision_ptr,  # [rows]
-    work_ptr,  # [HEADER + 2 * rows]
-    step_ptr,  # [1], int64
-    coin_ptr,  # [rows]
-    num_kv_heads,
-    num_rows,
-    capacity,
-    num_local,
-    seed,
-    limit,
-    stride_qb,
-    stride_qh,
-    stride_pb,
-    stride_ph,
-    AUDIT: tl.constexpr,
-    COPY: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_previous(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    batch, head = row // num_kv_heads, row % num_kv_heads
-    first, sinks, window, middle, end = load_parts(spans_ptr, batch, num_local)
-    contested = tl.load(budget_ptr + row) < middle
-    mode = tl.load(gate_ptr + head)
-    anchor_slot = tl.load(anchor_slot_ptr + row)
-    count = tl.load(count_ptr + row)
-
-    if mode == 2:
-        query = load_query(q_pre_ptr, batch, head, stride_pb, stride_ph, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D)
-    else:
-        query = load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D)
-    offs_g = tl.arange(0, BLOCK_G)
-    offs_d = tl.arange(0, BLOCK_D)
-    anchor_ptrs = anchor_query_ptr + (row * GROUP + offs_g[:, None]) * HEAD_DIM + offs_d[None, :]
-    inside = (offs_g[:, None] < GROUP) & (offs_d[None, :] < HEAD_DIM)
-    cosine = smallest_cosine(query, tl.load(anchor_ptrs, mask=inside, other=0.0), GROUP, BLOCK_G)
-
-    in_block = (anchor_slot >= 0) & (end - 1 - anchor_slot < tl.load(block_ptr + head))
-    close = (mode != 0) & (cosine > tl.load(tau_ptr + head))
-    shares = contested & in_block & close & (count < capacity)
-    idx_ptr += row * capacity
-    if shares:
-        tl.store(idx_ptr + count, end - 1)
-        tl.store(count_ptr + row, count + 1)
-        tl.store(decision_ptr + row, 0)
-    elif contested:
-        enlist(work_ptr, 2 * row)
-        tl.store(anchor_ptrs, query, mask=inside)
-        tl.store(anchor_slot_ptr + row, end - 1)
-        tl.store(decision_ptr + row, 1)
-    else:
-        keep_all(idx_ptr, count_ptr + row, count, first, sinks, window, end, capacity, BLOCK)
-        tl.store(anchor_slot_ptr + row, -1)
-        tl.store(decision_ptr + row, 2)
-    if AUDIT:
-        draw = tl.randint(seed, (tl.load(step_ptr) * num_rows + row).to(tl.int32)).to(tl.int32, bitcast=True)
-        falls = ((draw & 0x7FFFFFFF) <= limit) & contested
-        if COPY == 0:
-            falls = falls & shares  # a retrieval scans exact keys: its own log-sum-exp is exact
-        if falls:
-            enlist(work_ptr, 2 * row + 1)
-        tl.store(coin_ptr + row, falls.to(tl.int32))
 
 
 @triton.jit

@@ -6,6 +6,7 @@ import torch
 
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.backend import Backend, check_like, check_shape, use_triton
+from prhs_kernels.ops.retrieve.state import GateInputs
 from prhs_kernels.ops.rope_append import reference
 
 
@@ -21,6 +22,7 @@ def rope_append(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 0.0,
+    gate: GateInputs | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries of one decode step after and before RoPE, and the new key; `keys` and `values` get its row.
@@ -32,6 +34,8 @@ def rope_append(
         cos, sin: `[max_positions, head_dim / 2]`, the rotary tables; both halves of a head turn alike.
         positions: `[batch]` int32, rows of the tables. slots: `[batch]` int32, where key and value go.
         q_norm, k_norm: `[head_dim]`, weights of a norm over each head before RoPE (Qwen3), with `eps`.
+        gate: decide in the same launch who retrieves, and write the key's low-bit copy if there is one, for
+            `retrieve(gated=True)`; kernels only, since the reference's retrieval decides by itself.
 
     Returns:
         queries `[batch, num_qo_heads, 1, head_dim]` after RoPE and before it, and the key that was
@@ -47,9 +51,10 @@ def rope_append(
     check_shape("qkv", qkv, (None, batch, None) if parts else (batch, None))
     check_like("qkv", qkv, keys, (torch.float32,) if parts else ())
     num_qo_heads, odd = divmod(qkv.shape[-1] - 2 * num_kv_heads * head_dim, head_dim)
-    if odd or num_qo_heads < 1 or head_dim % 2:
+    if odd or num_qo_heads < 1 or num_qo_heads % num_kv_heads or head_dim % 2:
         raise UsageError(
-            f"qkv: {qkv.shape[-1]} columns are not query heads and {2 * num_kv_heads} others of {head_dim}"
+            f"qkv: {qkv.shape[-1]} columns are not groups of query heads and {2 * num_kv_heads} others of "
+            f"{head_dim}"
         )
     for name, tensor in (("keys", keys), ("values", values)):
         check_like(name, tensor, keys)
@@ -67,7 +72,30 @@ def rope_append(
         raise UsageError("qkv: expected a contiguous tensor")
     arguments = (qkv, keys, values, cos, sin, positions, slots, q_norm, k_norm, eps)
     if not use_triton(backend, qkv):
+        if gate is not None:
+            raise UsageError("gate: only the kernels decide here; the reference decides in its retrieval")
         return reference.rope_append(*arguments)
+    if gate is not None:
+        _check_gate(gate, keys, num_qo_heads // num_kv_heads)
     from prhs_kernels.ops.rope_append import triton as kernel
 
-    return kernel.rope_append(*arguments)
+    return kernel.rope_append(*arguments, gate)
+
+
+def _check_gate(gate: GateInputs, keys: torch.Tensor, group: int) -> None:
+    """Raise `UsageError` unless the gate is one of this layer; the rest is checked by `retrieve`."""
+    batch, num_kv_heads, n, head_dim = keys.shape
+    check_shape("gate.spans", gate.spans, (batch, 4))
+    check_shape("gate.budget", gate.budget, (batch, num_kv_heads))
+    for name, tensor in (("spans", gate.spans), ("budget", gate.budget)):
+        check_like(f"gate.{name}", tensor, keys, (torch.int32,))
+        if not tensor.is_contiguous():
+            raise UsageError(f"gate.{name}: expected a contiguous tensor")
+    anchor = gate.state.anchor_query
+    check_shape("gate.state.anchor_query", anchor, (batch, num_kv_heads, group, head_dim))
+    check_like("gate.state.anchor_query", anchor, keys)
+    copy = gate.key_copy
+    if copy is not None:
+        check_shape("gate.key_copy.scale", copy.scale, (batch, num_kv_heads, None))
+        if copy.head_dim != head_dim or copy.scale.shape[2] < n:
+            raise UsageError(f"gate.key_copy: not made for {n} slots of {head_dim}")

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from prhs_kernels.ops.overlap.triton import wait_for_previous
+from prhs_kernels.ops.retrieve.gate.triton import HEADER, load_parts
 from prhs_kernels.ops.retrieve.select.triton import BINS, bin_of, find_bins, mark, select_row
-from prhs_kernels.ops.retrieve.triton import HEADER, load_parts
 from prhs_kernels.ops.sparse_decode.triton import LN_2
 
 

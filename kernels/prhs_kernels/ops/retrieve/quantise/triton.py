@@ -40,10 +40,43 @@ def codes_of(keys, scale, LARGEST: tl.constexpr):
 
 
 @triton.jit
+def code_of(keys, scale, KIND: tl.constexpr, LARGEST: tl.constexpr):
+    """Codes of keys, each row with its scale; int4 in a whole byte."""
+    ratio = codes_of(keys, scale, LARGEST)
+    if KIND == "fp8":
+        return to_e4m3(ratio)
+    else:
+        return round_even(ratio).to(tl.int32).to(tl.uint8)
+
+
+@triton.jit
+def store_codes(
+    data_ptr, row_scale_ptr, place, low, high, inside, valid,
+    HALF: tl.constexpr, KIND: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Quantise keys and write them to the places `[BLOCK_N]` of a copy.
+
+    low, high: halves of the keys `[BLOCK_N, BLOCK_H]` fp32, 0 outside of `inside`. valid: keys to write.
+    """
+    amax = tl.maximum(tl.max(tl.abs(low), axis=1), tl.max(tl.abs(high), axis=1))
+    scale = tl.where(amax >= TINY, tl.div_rn(amax, tl.full(amax.shape, LARGEST, tl.float32)), 0.0)
+    low, high = code_of(low, scale, KIND, LARGEST), code_of(high, scale, KIND, LARGEST)
+    offs = tl.arange(0, low.shape[1])
+    if KIND == "int4":
+        ptrs = data_ptr + place[:, None] * HALF + offs[None, :]
+        tl.store(ptrs, (low & 15) | ((high & 15) << 4), mask=inside)
+    else:
+        ptrs = data_ptr + place[:, None] * (2 * HALF) + offs[None, :]
+        tl.store(ptrs, low, mask=inside)
+        tl.store(ptrs + HALF, high, mask=inside)
+    tl.store(row_scale_ptr + place, scale, mask=valid)
+
+
+@triton.jit
 def quantise_kernel(
     k_ptr,  # [batch, num_kv_heads, steps, HEAD_DIM]
     slots_ptr,  # [batch]
-    data_ptr,  # [batch, num_kv_heads, n, WIDTH], uint8
+    data_ptr,  # [batch, num_kv_heads, n, bytes of a key], uint8
     row_scale_ptr,  # [batch, num_kv_heads, n], fp32
     num_kv_heads,
     steps,
@@ -51,8 +84,8 @@ def quantise_kernel(
     stride_kb,
     stride_kh,
     stride_kn,
-    WIDTH: tl.constexpr,  # bytes of a key
-    BLOCK_W: tl.constexpr,
+    HALF: tl.constexpr,  # of HEAD_DIM
+    BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KIND: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -62,31 +95,18 @@ def quantise_kernel(
     step = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     slot = tl.load(slots_ptr + batch).to(tl.int64) + step
     valid = (step < steps) & (slot >= 0) & (slot < n)
-    offs = tl.arange(0, BLOCK_W)
-    inside = valid[:, None] & (offs[None, :] < WIDTH)
+    offs = tl.arange(0, BLOCK_H)
+    inside = valid[:, None] & (offs[None, :] < HALF)
     ptrs = k_ptr + batch * stride_kb + head * stride_kh + step.to(tl.int64)[:, None] * stride_kn
     low = tl.load(ptrs + offs[None, :], mask=inside, other=0.0).to(tl.float32)
-    amax = tl.max(tl.abs(low), axis=1)
-    if KIND == "int4":
-        high = tl.load(ptrs + WIDTH + offs[None, :], mask=inside, other=0.0).to(tl.float32)
-        amax = tl.maximum(amax, tl.max(tl.abs(high), axis=1))
-    scale = tl.where(amax >= TINY, tl.div_rn(amax, tl.full([BLOCK_N], LARGEST, tl.float32)), 0.0)
-    ratio = codes_of(low, scale, LARGEST)
-    if KIND == "fp8":
-        code = to_e4m3(ratio)
-    elif KIND == "int8":
-        code = round_even(ratio).to(tl.int32).to(tl.uint8)
-    else:
-        upper = round_even(codes_of(high, scale, LARGEST)).to(tl.int32)
-        code = ((round_even(ratio).to(tl.int32) & 15) | ((upper & 15) << 4)).to(tl.uint8)
-    tl.store(data_ptr + (row * n + slot)[:, None] * WIDTH + offs[None, :], code, mask=inside)
-    tl.store(row_scale_ptr + row * n + slot, scale, mask=valid)
+    high = tl.load(ptrs + HALF + offs[None, :], mask=inside, other=0.0).to(tl.float32)
+    store_codes(data_ptr, row_scale_ptr, row * n + slot, low, high, inside, valid, HALF, KIND, LARGEST)
 
 
 def write_key_copy(keys: torch.Tensor, slots: torch.Tensor, copy: KeyCopy) -> None:
     """Arguments as in `KeyCopy.write`, already checked."""
-    batch, num_kv_heads, n, width = copy.data.shape
-    steps = keys.shape[2]
+    batch, num_kv_heads, n = copy.scale.shape
+    steps, half = keys.shape[2], keys.shape[3] // 2
     block_n = min(16, triton.next_power_of_2(max(steps, 1)))
     quantise_kernel[(batch * num_kv_heads, triton.cdiv(steps, block_n))](
         keys,
@@ -97,8 +117,8 @@ def write_key_copy(keys: torch.Tensor, slots: torch.Tensor, copy: KeyCopy) -> No
         steps,
         n,
         *keys.stride()[:3],
-        WIDTH=width,
-        BLOCK_W=triton.next_power_of_2(width),
+        HALF=half,
+        BLOCK_H=triton.next_power_of_2(half),
         BLOCK_N=block_n,
         KIND=KeyCopyKind(copy.kind).value,
         LARGEST=copy.kind.largest,

@@ -1,0 +1,1 @@
+"""The decision of every KV head in a decode step."""
