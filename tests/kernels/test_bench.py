@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from prhs_kernels.bench import operator, peers, report, session
+from prhs_kernels.bench import operator, peers, report, rivals, session
 from prhs_kernels.bench.cases import Case, Inputs, Problem, run
 from prhs_kernels.bench.dense_cases import AS_GPT_FAST
 from prhs_kernels.bench.operator import Plan, cost, default_points
@@ -23,6 +23,8 @@ from prhs_kernels.bench.session import Session, choose_device, choose_dtype
 from prhs_kernels.bench.shapes import SHAPES, TOY, ModelShape, Point, grid
 from prhs_kernels.bench.timing import Timing, copies_for
 from prhs_kernels.errors import ResourceError, UsageError
+from prhs_kernels.runtime.attach import dense_params
+from prhs_kernels.testing.models import tiny_model
 
 PROBLEM = Problem("p", 8, 32768, 32, 8, 1024)
 needs_triton = pytest.mark.skipif(
@@ -319,6 +321,24 @@ def test_a_wrong_decode_step_is_never_timed() -> None:
     done = child("-c", PLANTED_STEP)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "FOUND wrong None wrong result, not timed: logits: error" in done.stdout
+
+
+@torch.inference_mode()
+def test_a_rival_runs_its_own_attention() -> None:
+    """In every layer of every step; otherwise a benchmark would time our kernel under another name."""
+    model: Any = tiny_model("llama", num_hidden_layers=3)
+    called = []
+
+    def attend(query: torch.Tensor, *_: Any) -> torch.Tensor:
+        called.append(query.shape)
+        return torch.zeros_like(query)
+
+    settings: dict[str, Any] = {"batch_size": 2, "max_len": 20, "backend": "reference"}
+    with rivals.OtherAttention(model, dense_params(model.config), attend=attend, **settings) as engine:
+        engine.fill_random(9, seed=0)
+        engine.step()
+        engine.step()
+    assert len(called) == 6
 
 
 def test_random_models_have_the_size_of_their_shape() -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from prhs_kernels.ops.step_plan.api import StepPlan
 from prhs_kernels.params import SelectorParams
+from prhs_kernels.runtime.batch_step import BatchStep
 from prhs_kernels.runtime.engine import DecodeEngine
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, StepPlan], torch.Tensor]
@@ -26,10 +27,15 @@ class OtherAttention(DecodeEngine):
         super().__init__(model, params, attention="dense", **settings)
         self._other = attend
 
+    def _allocate(self) -> BatchStep:
+        step = super()._allocate()
+        step.attention = self._attend
+        return step
+
     def _attend(
         self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, key: torch.Tensor, plan: StepPlan
     ) -> torch.Tensor:
-        scale = self._step.layers[layer].scale
+        scale = self._step.scale(layer)
         return self._other(query, self.cache.keys[layer], self.cache.values[layer], scale, plan)
 
 

@@ -10,7 +10,7 @@ from prhs_kernels.ops.step_plan.api import PlanRule, StepPlan, step_plan
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.audit import Audit
 from prhs_kernels.runtime.auditing import totals
-from prhs_kernels.runtime.decoder_step import DecoderStep
+from prhs_kernels.runtime.decoder_step import Attend, DecoderStep
 from prhs_kernels.runtime.index_sets import AuditCoin, IndexSets
 from prhs_kernels.runtime.progress import Progress
 from prhs_kernels.runtime.static_cache import StaticCache
@@ -22,7 +22,8 @@ class BatchStep:
     """Buffers of one run, and the step that works on them; nothing in it is read by the host.
 
     cache: keys and values, empty until there is a prompt. rule: what spans and budgets follow from. logits:
-    `[batch, vocabulary]` of the last step, None before it. counter: what was read and kept.
+    `[batch, vocabulary]` of the last step, None before it. counter: what was read and kept. attention: runs in
+    the place of ours, if it is set.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class BatchStep:
         self.logits: torch.Tensor | None = None
         self._decoder = DecoderStep(model, max_len, backend)
         self.counter = StepCounter(params, batch, self.sets, device)
+        self.attention: Attend | None = None
         self._coin = coin
 
     def restart(self, length: int, padding: torch.Tensor) -> None:
@@ -64,8 +66,9 @@ class BatchStep:
         self.counter.begin()
         if (audit := self.sets.window_audit) is not None:
             audit.begin(plan)
-        gate = self.sets.gate
-        logits = self._decoder(now.token, plan, self.cache.keys, self.cache.values, self._attend, gate)
+        attend = self.attention or self._attend
+        caches = self.cache.keys, self.cache.values
+        logits = self._decoder(now.token, plan, *caches, attend, self.sets.gate)
         self.logits = logits  # the last one recorded is the graph's
         self.counter.end(plan, now.alive)
         if audit is not None:
@@ -75,11 +78,15 @@ class BatchStep:
         now.draw(logits)
         now.slot.add_(1)
 
+    def scale(self, layer: int) -> float:
+        """The model's factor on the dot products of a layer."""
+        return self._decoder.layers[layer].scale
+
     def _attend(
         self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, key: torch.Tensor, plan: StepPlan
     ) -> torch.Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        scale, alive = self._decoder.layers[layer].scale, self.progress.alive
+        scale, alive = self.scale(layer), self.progress.alive
         output, lse = self.sets.attend(layer, query, query_pre, key, keys, values, plan, alive, scale)
         if self.sets.window_audit is not None:
             self.sets.window_audit.record(layer, query, keys, values, lse, scale)
