@@ -71,6 +71,14 @@ KERNELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, int
         {"HAS_BIAS": False, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128},
         {}, {"num_warps": 4, "num_stages": 4},
     ),
+    "largest": (
+        "next_token", "largest_kernel", {"BLOCK": 2048}, {"best_ptr": "*fp32", "place_ptr": "*i32"},
+        {"num_warps": 4},
+    ),
+    "next_token": (
+        "next_token", "next_token_kernel", {"COUNTS": True, "BLOCK_P": 64, "BLOCK_S": 4},
+        {"best_ptr": "*fp32", "token_ptr": "*i64", "drawn_ptr": "*i64", "stop_ptr": "*i64"}, {"num_warps": 1},
+    ),
     "step_plan": ("step_plan", "step_plan_kernel", {"BLOCK_H": 8}, {}, {"num_warps": 1}),
     "step_count": ("step_count", "step_count_kernel", {"HAS_SETS": True, "BLOCK_H": 8}, {}, {"num_warps": 1}),
 }  # fmt: skip

@@ -22,8 +22,8 @@ class BatchStep:
     """Buffers of one run, and the step that works on them; nothing in it is read by the host.
 
     cache: keys and values, empty until there is a prompt. rule: what spans and budgets follow from. logits:
-    `[batch, vocabulary]` of the last step, None before it. counter: what was read and kept. attention: runs in
-    the place of ours, if it is set.
+    `[batch, vocabulary]` of the last step, None before it. counter: what was read and kept. attention: what
+    runs in the place of ours, if set.
     """
 
     def __init__(
@@ -75,8 +75,7 @@ class BatchStep:
             counts = {layer: state.count for layer, state in self.sets.states.items()}
             audit.end(plan, counts, now.alive)
         self.sets.advance()
-        now.draw(logits)
-        now.slot.add_(1)
+        now.draw(logits, self.backend, steps=True)
 
     def scale(self, layer: int) -> float:
         """The model's factor on the dot products of a layer."""

@@ -225,7 +225,7 @@ class DecodeEngine:
     @torch.inference_mode()
     def start(self, logits: torch.Tensor) -> torch.Tensor:
         """Draw the first token of every sequence from the logits of the prefill; `[batch]` int64."""
-        self._step.progress.draw(logits)
+        self._step.progress.draw(logits, self.backend)
         return self._step.progress.token
 
     @torch.inference_mode()

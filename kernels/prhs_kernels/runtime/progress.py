@@ -6,6 +6,8 @@ import dataclasses
 
 import torch
 
+from prhs_kernels.ops.backend import Backend
+from prhs_kernels.ops.next_token.api import next_token
 from prhs_kernels.runtime.sampling import Sampling, draw
 
 
@@ -48,15 +50,23 @@ class Progress:
         self.alive.fill_(True)
         self.drawn.zero_()
 
-    def draw(self, logits: torch.Tensor) -> None:
-        """The next token of every sequence, from logits `[batch, vocabulary]`."""
-        uniforms = self.slot if self.uniforms is None else self.uniforms.index_select(0, self.drawn)[0]
-        token = draw(logits, self.sampling, uniforms)
+    def draw(self, logits: torch.Tensor, backend: Backend, steps: bool = False) -> None:
+        """The next token of every sequence, from logits `[batch, vocabulary]`; `steps`: and a new slot."""
+        slot, last = self.slot if steps else None, self.draws - 1
+        if self.uniforms is None:
+            next_token(
+                logits, self.token, self.alive, self.drawn,
+                stop_ids=self.stop_ids, last_draw=last, slot=slot, backend=backend,
+            )  # fmt: skip
+            return
+        token = draw(logits, self.sampling, self.uniforms.index_select(0, self.drawn)[0])
         self.token.copy_(token)
-        self.drawn.add_(1).clamp_(max=self.draws - 1)
+        self.drawn.add_(1).clamp_(max=last)
         if len(self.stop_ids):
             stopped = (token[:, None] == self.stop_ids).any(dim=-1)
             self.alive.logical_and_(~stopped)
+        if steps:
+            self.slot.add_(1)
 
     def changing(self) -> list[torch.Tensor]:
         """Every tensor that a step writes."""

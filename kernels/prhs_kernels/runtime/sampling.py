@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 
 from prhs_kernels.errors import UsageError
+from prhs_kernels.ops.next_token.reference import argmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,9 @@ def draw(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> to
     """Token ids `[batch]` int64 of `[batch, vocabulary]` logits; no host sync, so also inside a CUDA graph.
 
     Inverse of the distribution function over tokens in falling order of probability, in float64, so that
-    devices whose logits agree to the last bit also agree in the token. `uniforms` `[batch]`, not read when
-    greedy.
+    devices whose logits agree to the last bit also agree in the token. `uniforms` `[batch]`. Not for greedy
+    sampling, which is `ops.next_token`.
     """
-    if sampling.greedy:
-        return _argmax(logits)
     probs = (logits.double() / sampling.temperature).softmax(dim=-1)
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(dim=-1) - ordered
@@ -51,14 +49,6 @@ def draw(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor) -> to
     reached = kept.cumsum(dim=-1)
     place = (reached <= uniforms[:, None] * reached[:, -1:]).sum(dim=-1, keepdim=True)
     return order.gather(-1, place.clamp(max=logits.shape[-1] - 1)).squeeze(-1)
-
-
-def _argmax(logits: torch.Tensor) -> torch.Tensor:
-    """`argmax` in two stages: few long rows occupy a GPU badly. The first of equal ones in both."""
-    parts = math.gcd(logits.shape[-1], 64)
-    best, place = logits.unflatten(-1, (parts, -1)).max(dim=-1)
-    part = best.argmax(dim=-1, keepdim=True)
-    return (part * (logits.shape[-1] // parts) + place.gather(-1, part)).squeeze(-1)
 
 
 class Sampler:
@@ -71,7 +61,7 @@ class Sampler:
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Next token ids `[batch]` int64."""
         if self._sampling.greedy:
-            return _argmax(logits)
+            return argmax(logits)
         return draw(logits, self._sampling, self.uniforms(logits.shape[0]).to(logits.device))
 
     def uniforms(self, batch: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from prhs_kernels.ops.audit.state import LayerAudit
+from prhs_kernels.ops.next_token.api import next_token
 from prhs_kernels.ops.retrieve import launch
 from prhs_kernels.ops.retrieve.key_copy import KeyCopy, KeyCopyKind
 from prhs_kernels.ops.retrieve.state import GateInputs, RetrievalRule, RetrievalScratch, RetrievalState
@@ -270,6 +271,30 @@ def test_step_count(chosen: list[int]) -> None:
             step_count(totals, plan, alive, sets, 2, scan_row=44 / 160, backend=backend)
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
     assert bool((found[:, 1] == 1).all()) and bool((found[:, 0, 1] > 1).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 2048, 2049, 5000])
+@pytest.mark.parametrize("stops", [[], [3, 0]])
+def test_next_token(dtype: torch.dtype, size: int, stops: list[int]) -> None:
+    """The first of equal logits, at the ends of a part too; stop tokens end a row for good."""
+    logits = drawn(5, size, dtype=dtype, seed=16)
+    logits[1] = -torch.inf
+    if size > 2048:
+        logits[2, [2047, 2048, size - 1]] = 50.0
+        logits[3, size - 1] = 50.0
+    found = []
+    for backend in ("triton", "reference"):
+        token = torch.full((5,), -1, device=DEVICE)
+        alive = torch.tensor([True, True, True, False, True], device=DEVICE)
+        counters = torch.tensor([6], device=DEVICE), torch.tensor([40], device=DEVICE)
+        settings: Any = {"stop_ids": torch.tensor(stops, dtype=torch.long, device=DEVICE), "last_draw": 7}
+        for slot in (None, counters[1], counters[1]):
+            next_token(logits, token, alive, counters[0], **settings, slot=slot, backend=backend)
+        found.append([tensor.tolist() for tensor in (token, alive, *counters)])
+    assert found[0] == found[1]
+    assert found[0][2:] == [[7], [42]] and found[0][0][1] == 0
+    assert found[0][1][1] == (not stops) and not found[0][1][3]
 
 
 PROMPTS = [random_tokens(length, seed=length) for length in (37, 20)]

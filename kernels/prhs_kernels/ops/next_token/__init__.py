@@ -1,0 +1,1 @@
+"""The greedy token of a decode step, and the bookkeeping that follows from it."""
