@@ -20,7 +20,9 @@ Examples:
   prhs evaluate --samples 4 --lengths 2048
   prhs evaluate --tasks single_needle,perplexity --selectors prhs,oracle --budgets 1/16,1/8,1/4
   prhs evaluate --tasks gsm8k,coqa --model llama-3.1-8b    lm-evaluation-harness: pip install 'prhs[eval]'
-  prhs plot accuracy"""
+  prhs plot accuracy
+Built-in tasks: single_needle, multi_key_needle, lookup_64, variable_tracking, multi_value, common_word,
+  paragraph_question, copy_span, perplexity."""
 
 
 def command(

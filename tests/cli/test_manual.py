@@ -31,3 +31,14 @@ def test_the_manual_names_every_verb_and_option() -> None:
         "[default: 128",
     ):
         assert words in text, words
+
+
+def test_help_lists_what_can_be_named() -> None:
+    from prhs_calibration.evaluation.points import BASELINES
+    from prhs_calibration.evaluation.tasks import TASKS
+    from prhs_cli.commands import bench, evaluate
+    from prhs_kernels.bench.shapes import SHAPES
+
+    text = render()
+    for names, place in ((TASKS, evaluate.EPILOG), (SHAPES, bench.EPILOG), (BASELINES, text)):
+        assert [name for name in names if name not in place] == []
