@@ -388,9 +388,9 @@ def test_a_wrong_prefill_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None
     assert prefill_model.run(case, "cpu", torch.float32)["timing"]
     right, seen = prefill_model.prefill, []
 
-    def wrong(model: Any, params: Any, ids: torch.Tensor) -> torch.Tensor:
-        seen.append(ids)
-        return right(model, dataclasses.replace(params, depth=None) if len(seen) == 1 else params, ids)
+    def wrong(model: Any, params: Any, *given: Any) -> torch.Tensor:
+        seen.append(given)
+        return right(model, dataclasses.replace(params, depth=None) if len(seen) == 1 else params, *given)
 
     monkeypatch.setattr(prefill_model, "prefill", wrong)
     row = prefill_model.run(case, "cpu", torch.float32)
