@@ -11,19 +11,25 @@ import torch
 import triton
 import triton.language as tl
 
+from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
+
 if TYPE_CHECKING:
     from prhs_kernels.ops.step_count.api import ChosenSets
     from prhs_kernels.ops.step_plan.api import StepPlan
 
 
 @triton.jit
-def count_below(idx_ptrs, count, bound, mask):
-    """How many of the ascending indices behind each pointer are below `bound`."""
-    low, high = tl.zeros_like(count), count
-    while tl.max(tl.where(mask, high - low, 0), axis=0) > 0:
+def count_below(idx_ptrs, count, bounds, mask):
+    """How many of the ascending indices behind each pointer are below each bound, `[bounds, pointers]`.
+
+    All searches go on together: a step of one is a load that the next step waits for.
+    """
+    high = tl.where(mask[None, :], count[None, :], 0) + bounds[:, None] * 0
+    low = tl.zeros_like(high)
+    while tl.max(high - low) > 0:
         middle = (low + high) // 2
-        open = mask & (low < high)
-        below = tl.load(idx_ptrs + middle, mask=open, other=0) < bound
+        open = low < high
+        below = tl.load(idx_ptrs[None, :] + middle, mask=open, other=0) < bounds[:, None]
         low = tl.where(open & below, middle + 1, low)
         high = tl.where(open & ~below, middle, high)
     return low
@@ -50,7 +56,9 @@ def step_count_kernel(
     scan_bottom,
     HAS_SETS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     layer, row = tl.program_id(0), tl.program_id(1)
     at = layer * batch + row
     offs = tl.arange(0, BLOCK_H)
@@ -68,14 +76,17 @@ def step_count_kernel(
             decision = tl.load(decision_ptr + heads_at, mask=mask, other=2)
             anchor = tl.load(anchor_ptr + heads_at, mask=mask, other=-1)
             count = tl.load(count_ptr + heads_at, mask=mask, other=0)
-            idx_ptrs = idx_ptr + heads_at * capacity
-            outside = count_below(idx_ptrs, count, begin, mask)
-            sinks = count_below(idx_ptrs, count, sink_end, mask) - count_below(idx_ptrs, count, first, mask)
+            # inside are those from `begin` on, and of the others those from `first` to `sink_end`
+            which = tl.arange(0, 4)
+            bounds = tl.where(which == 0, begin, tl.where(which == 1, sink_end, first))
+            below = count_below(idx_ptr + heads_at * capacity, count, bounds, mask)
+            sign = tl.where(which == 1, 1, tl.where(which == 3, 0, -1))
+            inside = count + tl.sum(below * sign[:, None], axis=0)
             chose = mask & (decision != 2)
             fetched = mask & (decision == 1)
             gated = (anchor >= 0) & (end - 1 - anchor < tl.load(block_ptr + rule, mask=mask, other=0))
             gated = gated & chose & (tl.load(gate_ptr + rule, mask=mask, other=0) != 0)
-            kept = tl.where(chose, count - outside + sinks, kept)
+            kept = tl.where(chose, inside, kept)
             retrieved, contested, asked = fetched.to(tl.int32), chose.to(tl.int32), gated.to(tl.int32)
     if tl.load(alive_ptr + row) != 0:
         total = tl.sum(kept, axis=0).to(tl.float64)
@@ -123,4 +134,5 @@ def step_count(
         HAS_SETS=sets is not None,
         BLOCK_H=triton.next_power_of_2(heads),
         num_warps=1,
+        **pdl_options(totals.device),
     )
