@@ -8,13 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.ops.sparse_decode import reference as decode
-from prhs_kernels.ops.window_prefill.api import window_prefill
 from prhs_kernels.runtime.cache import PrhsCache
+from prhs_kernels.runtime.prompt_attention import dense_attention, prompt_attention
 from prhs_kernels.selectors import cis
 from prhs_kernels.selectors.base import Rows, candidates
 from prhs_kernels.selectors.baselines.rows import DecodeRows
@@ -88,12 +87,12 @@ def attention_forward(
     if params.is_dense and observer is None and cache.selector is None:
         if not cache.forward.is_prefill:
             _count_dense(cache, steps, key, sliding_window)
-        return _dense(cache, module, query, key, value, sliding_window, scaling, **kwargs), None
+        return dense_attention(cache, module, query, key, value, sliding_window, scaling, **kwargs), None
     rows = cache.rows(steps, key.shape[2], sliding_window)
     if cache.forward.is_prefill:
         if observer is not None:
             _measure_prefill(cache, layer, query, key, rows, scaling)
-        return _prefill(cache, module, query, key, value, rows, scaling, **kwargs), None
+        return prompt_attention(cache, module, query, key, value, rows, scaling, **kwargs), None
     return _decode(cache, observer, layer, query, key, value, rows, scaling).transpose(1, 2), None
 
 
@@ -104,67 +103,6 @@ def _count_dense(cache: PrhsCache, steps: int, key: torch.Tensor, sliding_window
     if sliding_window is not None:
         seen = seen.clamp(max=sliding_window)
     cache.stats.add_dense(seen if cache.alive is None else seen[cache.alive], key.shape[1])
-
-
-def _dense(
-    cache: PrhsCache,
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sliding_window: int | None,
-    scaling: float,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """What the unmodified model computes, from what a layer of the stock cache holds."""
-    assert cache.forward is not None
-    steps, held = query.shape[2], key.shape[2]
-    rows = cache.rows(steps, held, sliding_window)
-    dropped = max(0, cache.forward.first_slot + steps - held)  # by a sliding window, padding first
-    rows = dataclasses.replace(rows, padding=(rows.padding - dropped).clamp(min=0))
-    if steps > 1:
-        return _prefill(cache, module, query, key, value, rows, scaling, **kwargs)
-    mask = rows.visible()[:, None] if _needs_mask(cache, held, sliding_window) else None
-    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)[0]  # type: ignore[no-any-return]
-
-
-def _needs_mask(cache: PrhsCache, held: int, sliding_window: int | None) -> bool:
-    """Whether some row of a forward pass sees less than all slots up to its own; as transformers decides."""
-    assert cache.forward is not None
-    return cache.forward.is_padded or (sliding_window is not None and held >= sliding_window)
-
-
-def _prefill(
-    cache: PrhsCache,
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rows: Rows,
-    scaling: float,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """Attention of prompt tokens; no mask of tokens x slots is made."""
-    params, layer = cache.params, module.layer_idx
-    assert isinstance(layer, int) and cache.forward is not None
-    steps, held, window = query.shape[2], key.shape[2], rows.sliding_window
-    fraction = 0.0 if params.depth is None else params.depth.window_fraction(layer, params.num_layers)
-    if fraction == 0.0 and steps == held and not _needs_mask(cache, held, window):
-        # causal, no more: what PyTorch's fastest kernels do
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)[0]  # type: ignore[no-any-return]
-    out = window_prefill(
-        query,
-        key,
-        value,
-        scale=scaling,
-        padding=rows.padding,
-        window_fraction=fraction,
-        num_sinks=params.num_sinks,
-        num_local=params.num_local,
-        sliding_window=window,
-        backend=cache.backend,
-    )
-    return out.transpose(1, 2)
 
 
 def _measure_prefill(
