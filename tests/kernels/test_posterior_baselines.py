@@ -562,7 +562,7 @@ def test_what_was_not_fitted_says_so(method: Baseline) -> None:
 def test_what_is_asked_for_in_words() -> None:
     methods = [StreamingLLM(), H2O(), DoubleSparse(), Kascade(), Twilight()]
     words = [[str(own) for own in method.published] for method in methods]
-    labels = ["1/16, d/4 labels in 4 bits"]
+    labels = ["1/16, d/4 in 4 bits"]
     assert words == [["1024"], ["20 % of the prompt"], labels, ["10 % or 128"], ["p = 0.85", "p = 0.95"]]
 
 

@@ -40,7 +40,7 @@ class DoubleSparse(Baseline):
     def published(self) -> tuple[AtBudget, ...]:
         """1/16 of the positions by labels of 1/16 of the bits; the first two layers are dense."""
         labels = dataclasses.replace(self, share=1 / 4, four_bits=True)
-        name = "1/16, d/4 labels in 4 bits"
+        name = "1/16, d/4 in 4 bits"
         return (AtBudget(labels, fraction=1 / 16, dense_layers=(0, 1), label=name),)
 
     def fitted(self, prompts: Iterable[Sequence[DecodeRows]]) -> DoubleSparse:
