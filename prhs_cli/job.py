@@ -179,7 +179,7 @@ def _check_backend(backend: Any, source: Source) -> None:
     """ResourceError before the model is loaded when the backend cannot run on the device asked for."""
     import torch
 
-    from prhs_calibration.models import resolve_device
+    from prhs_calibration.devices import resolve_device
     from prhs_kernels.ops.backend import use_triton
 
     if launched().size == 1:

@@ -58,7 +58,7 @@ def load_model(
     Under torchrun a command spreads the heads of one model over the ranks, or its prompts over one model
     each; UsageError for a command that does neither.
     """
-    from prhs_calibration import models
+    from prhs_calibration import devices, models
 
     ranks = launched().size
     if ranks > 1 and spread is None:
@@ -66,7 +66,7 @@ def load_model(
             "this command does not run under torchrun; start it by itself, or see docs/distributed.md"
         )
     if ranks > 1 and spread == "prompts":
-        place: Any = models.rank_device(device)
+        place: Any = devices.rank_device(device)
         loaded = models.load(name, revision=revision, device=place, dtype=dtype)
         join()
     else:

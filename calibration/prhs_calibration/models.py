@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prhs_calibration import fingerprint, memory
+from prhs_calibration import devices, fingerprint, memory
 from prhs_calibration.files import one_line
 from prhs_calibration.hub import ALIASES, EMBEDDED, Source, is_on_disk, locate, reference_folder
 from prhs_kernels.errors import InputError, PrhsError, ResourceError, UsageError
@@ -20,14 +20,6 @@ from prhs_kernels.runtime.attach import dense_params
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
 _HEADROOM = 1.1  # of the weights, for the tensor being copied and the first activations
 
 
@@ -87,10 +79,10 @@ def load(
     too small (asked before anything large is downloaded or read), UnsupportedModelError for attention that is
     not ours, InputError for everything wrong with name, files or network.
     """
-    target = resolve_device(device) if ranks == 1 else rank_device(device)
+    target = devices.resolve_device(device) if ranks == 1 else devices.rank_device(device)
     if target.type == "cuda":
         torch.cuda.set_device(target)  # kernels and graphs go to the current device, not to their arguments'
-    precision = resolve_dtype(dtype, target)
+    precision = devices.resolve_dtype(dtype, target)
     source = locate(name, revision)
     with _quiet():
         config = load_config(source)
@@ -128,58 +120,6 @@ def model_card(name: str) -> str:
     if name not in EMBEDDED:
         raise InputError(f"no card of {name!r}: only the embedded models have one ({', '.join(EMBEDDED)})")
     return (reference_folder(name) / "MODEL_CARD.md").read_text(encoding="utf-8")
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device meant by an option; ResourceError when this machine lacks it."""
-    if device is None or device == "auto":
-        return (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {str(device)!r}: give cpu, cuda or cuda:N") from error
-    if target.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {str(device)!r} is not supported: give cpu, cuda or cuda:N")
-    if target.type == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        raise ResourceError("device cuda was asked for, but torch sees no CUDA device here; use --device cpu")
-    index = torch.cuda.current_device() if target.index is None else target.index
-    if index >= count:
-        raise ResourceError(
-            f"device cuda:{index} was asked for, but there are {count}; use cuda:0 to cuda:{count - 1}"
-        )
-    return torch.device("cuda", index)
-
-
-def rank_device(device: str | torch.device | None) -> torch.device:
-    """The device of this rank under torchrun: its own GPU, or the CPU on a machine without one."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if str(device or "auto") not in ("auto", kind):
-        raise UsageError(
-            f"--device {device} cannot be had under torchrun: each rank takes its own {kind} device"
-        )
-    if kind == "cpu":
-        return torch.device("cpu")
-    return resolve_device(f"cuda:{distributed.launched().local_rank}")
-
-
-def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The floating-point type meant by an option: bf16 on CUDA and fp32 on the CPU unless said otherwise."""
-    if dtype is None or dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if isinstance(dtype, str):
-        if dtype not in _DTYPES:
-            raise UsageError(f"unknown dtype {dtype!r}: give one of {', '.join(_DTYPES)}")
-        return _DTYPES[dtype]
-    if dtype not in _DTYPES.values():
-        raise UsageError(f"dtype {dtype} is not supported: give float32, bfloat16 or float16")
-    return dtype
 
 
 def load_config(source: Source) -> PreTrainedConfig:

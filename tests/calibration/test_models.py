@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-from prhs_calibration import fingerprint, hub, memory, models
+from prhs_calibration import devices, fingerprint, hub, memory, models
 from prhs_kernels.errors import InputError, PrhsError, ResourceError, UnsupportedModelError, UsageError
 from prhs_kernels.runtime.memory import RunShape, engine_bytes
 from prhs_kernels.testing.inputs import selector_params
@@ -130,14 +130,14 @@ def test_first_difference() -> None:
 
 def test_dtype_and_device_options() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    assert models.resolve_dtype(None, cpu) == torch.float32
-    assert models.resolve_dtype(None, cuda) == torch.bfloat16
-    assert models.resolve_dtype("bf16", cpu) == models.resolve_dtype(torch.bfloat16, cpu) == torch.bfloat16
-    one_line(UsageError, lambda: models.resolve_dtype("int3", cpu), "int3", "float32")
-    one_line(UsageError, lambda: models.resolve_dtype(torch.int8, cpu))
-    one_line(UsageError, lambda: models.resolve_device("toaster"), "toaster")
-    one_line(UsageError, lambda: models.resolve_device("mps"), "mps")
-    assert models.resolve_device("cpu") == cpu
+    assert devices.resolve_dtype(None, cpu) == torch.float32
+    assert devices.resolve_dtype(None, cuda) == torch.bfloat16
+    assert devices.resolve_dtype("bf16", cpu) == devices.resolve_dtype(torch.bfloat16, cpu) == torch.bfloat16
+    one_line(UsageError, lambda: devices.resolve_dtype("int3", cpu), "int3", "float32")
+    one_line(UsageError, lambda: devices.resolve_dtype(torch.int8, cpu))
+    one_line(UsageError, lambda: devices.resolve_device("toaster"), "toaster")
+    one_line(UsageError, lambda: devices.resolve_device("mps"), "mps")
+    assert devices.resolve_device("cpu") == cpu
 
 
 def test_bf16_on_request(folder: pathlib.Path) -> None:
@@ -150,7 +150,7 @@ def test_cuda_asked_but_absent(folder: pathlib.Path, monkeypatch: pytest.MonkeyP
     one_line(ResourceError, lambda: models.load(str(folder), device="cuda"), "cuda", "--device cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    one_line(ResourceError, lambda: models.resolve_device("cuda:2"), "cuda:2", "cuda:1")
+    one_line(ResourceError, lambda: devices.resolve_device("cuda:2"), "cuda:2", "cuda:1")
 
 
 def test_loading_keeps_the_settings_of_transformers(folder: pathlib.Path) -> None:
