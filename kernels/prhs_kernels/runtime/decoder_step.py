@@ -143,7 +143,7 @@ class DecoderStep:
         self.norm: torch.Tensor = decoder.norm.weight
         self.eps: float = decoder.norm.variance_epsilon
         self.head: Pair = (head.weight.detach(), head.bias)
-        self.cos, self.sin = rotary_tables(model, max_positions)
+        self.rotary = rotary_table(model, max_positions)
         self.backend: Backend = backend
 
     def __call__(
@@ -151,6 +151,7 @@ class DecoderStep:
         attend: Attend, gate: Gate,
     ) -> torch.Tensor:  # fmt: skip
         out, residual = self.embedding[tokens], None
+        cos, sin = self.rotary[plan.positions].unbind(dim=1)
         for index, layer in enumerate(self.layers):
             normed, residual = rms_norm(
                 out, layer.input_norm, layer.eps, residual=residual, backend=self.backend
@@ -159,9 +160,8 @@ class DecoderStep:
                 self._project(normed, layer.qkv),
                 keys[index],
                 values[index],
-                cos=self.cos,
-                sin=self.sin,
-                positions=plan.positions,
+                cos=cos,
+                sin=sin,
                 slots=plan.slots[index],
                 q_norm=layer.q_norm,
                 k_norm=layer.k_norm,
@@ -192,11 +192,9 @@ class DecoderStep:
         return silu_mul(linear(rows, *pair), backend=self.backend)
 
 
-def rotary_tables(model: PreTrainedModel, max_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position, `[max_positions, head_dim / 2]` each, in the model's dtype."""
+def rotary_table(model: PreTrainedModel, max_positions: int) -> torch.Tensor:
+    """cos and sin of every position, `[max_positions, 2, head_dim / 2]`, in the model's dtype."""
     rotary: Any = model.base_model.rotary_emb  # type: ignore[union-attr]
     like = torch.empty(1, 1, dtype=model.dtype, device=model.device)
     positions = torch.arange(max_positions, device=model.device)[None]
-    tables = rotary(like, positions)
-    cos, sin = (table[0, :, : table.shape[-1] // 2].contiguous() for table in tables)
-    return cos, sin
+    return torch.stack([table[0, :, : table.shape[-1] // 2] for table in rotary(like, positions)], dim=1)

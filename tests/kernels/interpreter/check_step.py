@@ -109,12 +109,9 @@ def test_rope_append(
 ) -> None:
     """Rotated queries, what they were before, and a cache of which only one slot per sequence changes."""
     query_heads, kv_heads = heads
-    angle = torch.rand(9, head_dim // 2, generator=torch.Generator().manual_seed(5)).to(DEVICE) * 6
+    angle = torch.rand(2, head_dim // 2, generator=torch.Generator().manual_seed(5)).to(DEVICE) * 6
     norms = [drawn(head_dim, dtype=dtype, seed=seed) for seed in (6, 7)] if norm else [None, None]
-    places = {
-        "positions": torch.tensor([8, 0], dtype=torch.int32, device=DEVICE),
-        "slots": torch.tensor([4, 2], dtype=torch.int32, device=DEVICE),
-    }
+    slots = torch.tensor([4, 2], dtype=torch.int32, device=DEVICE)
 
     def run(backend: Any, kind: torch.dtype) -> tuple[torch.Tensor, ...]:
         qkv = drawn(2, (query_heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=8).to(kind)
@@ -126,7 +123,7 @@ def test_rope_append(
         tables = {"cos": angle.cos().to(dtype).to(kind), "sin": angle.sin().to(dtype).to(kind)}
         weights = {f"{n}_norm": w if w is None else w.to(kind) for n, w in zip("qk", norms, strict=True)}
         after, before, key = rope_append(
-            qkv, keys, values, **tables, **places, **weights, eps=1e-5, backend=backend
+            qkv, keys, values, **tables, slots=slots, **weights, eps=1e-5, backend=backend
         )
         written = torch.zeros(2, 5, dtype=torch.bool, device=DEVICE)
         written[0, 4] = written[1, 2] = True
@@ -184,17 +181,14 @@ def test_the_rotation_decides_as_the_gate_does(
     """Bit by bit the state, the work list, the coins and the copy that separate launches leave behind."""
     query_heads, kv_heads = heads
     parts = drawn(2, 2, (query_heads + 2 * kv_heads) * head_dim, dtype=torch.float32, seed=22)
-    table = drawn(64, head_dim // 2, dtype=dtype, seed=23)
-    places = {
-        "positions": torch.tensor([39, 19], dtype=torch.int32, device=DEVICE),
-        "slots": torch.tensor([39, 19], dtype=torch.int32, device=DEVICE),
-    }
+    angles = drawn(2, 2, head_dim // 2, dtype=dtype, seed=23)
+    slots = torch.tensor([39, 19], dtype=torch.int32, device=DEVICE)
     found = []
     for fused in (False, True):
         inputs = gate_inputs(heads, head_dim, dtype, kind)
         keys, values = torch.zeros(2, 2, kv_heads, 40, head_dim, dtype=dtype, device=DEVICE)
         query, before, key = rope_append(
-            parts, keys, values, cos=table, sin=table.flip(0), **places,
+            parts, keys, values, cos=angles[:, 0], sin=angles[:, 1], slots=slots,
             gate=inputs if fused else None, backend="triton",
         )  # fmt: skip
         copied, state = inputs.key_copy, inputs.state
@@ -202,7 +196,7 @@ def test_the_rotation_decides_as_the_gate_does(
             settings = inputs.spans, inputs.budget, inputs.rule, state, inputs.scratch, inputs.audit
             launch.gate(query, before, *settings, copied is not None)
             if copied is not None:
-                copied.write(key, places["slots"], backend="triton")
+                copied.write(key, slots, backend="triton")
         listed = int(inputs.scratch.work[0])
         tensors = [getattr(state, field.name) for field in dataclasses.fields(state)]
         tensors += [query, before, key, keys, values, inputs.audit.coin]

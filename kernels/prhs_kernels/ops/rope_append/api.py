@@ -17,7 +17,6 @@ def rope_append(
     *,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
     slots: torch.Tensor,
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
@@ -31,8 +30,8 @@ def rope_append(
         qkv: `[batch, (num_qo_heads + 2 * num_kv_heads) * head_dim]`, query heads first, then key, then
             value; or `[splits, batch, ...]` fp32 partial sums of `linear_parts`.
         keys, values: `[batch, num_kv_heads, n, head_dim]`, written at `slots` only.
-        cos, sin: `[max_positions, head_dim / 2]`, the rotary tables; both halves of a head turn alike.
-        positions: `[batch]` int32, rows of the tables. slots: `[batch]` int32, where key and value go.
+        cos, sin: `[batch, head_dim / 2]` of each sequence's position; both halves of a head turn alike.
+        slots: `[batch]` int32, where key and value go.
         q_norm, k_norm: `[head_dim]`, weights of a norm over each head before RoPE (Qwen3), with `eps`.
         gate: decide in the same launch who retrieves, and write the key's low-bit copy if there is one, for
             `retrieve(gated=True)`; kernels only, since the reference's retrieval decides by itself.
@@ -60,17 +59,16 @@ def rope_append(
         check_like(name, tensor, keys)
         if tensor.stride(-1) != 1:
             raise UsageError(f"{name}: expected stride 1 along head_dim, got {tensor.stride(-1)}")
-    for name, table in (("cos", cos), ("sin", sin)):
-        check_shape(name, table, (None, head_dim // 2))
-        check_like(name, table, keys)
-    for name, index in (("positions", positions), ("slots", slots)):
-        check_shape(name, index, (batch,))
-        check_like(name, index, qkv, (torch.int32,))
+    for name, angles in (("cos", cos), ("sin", sin)):
+        check_shape(name, angles, (batch, head_dim // 2))
+        check_like(name, angles, keys)
+    check_shape("slots", slots, (batch,))
+    check_like("slots", slots, qkv, (torch.int32,))
     if (q_norm is None) != (k_norm is None):
         raise UsageError("q_norm and k_norm come together")
     if not qkv.is_contiguous():
         raise UsageError("qkv: expected a contiguous tensor")
-    arguments = (qkv, keys, values, cos, sin, positions, slots, q_norm, k_norm, eps)
+    arguments = (qkv, keys, values, cos, sin, slots, q_norm, k_norm, eps)
     if not use_triton(backend, qkv):
         if gate is not None:
             raise UsageError("gate: only the kernels decide here; the reference decides in its retrieval")

@@ -11,7 +11,6 @@ def rope_append(
     values: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
     slots: torch.Tensor,
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
@@ -27,7 +26,7 @@ def rope_append(
     if q_norm is not None and k_norm is not None:
         query = _normed(query, q_norm, eps)
         key = _normed(key, k_norm, eps)
-    tables = cos[positions.long(), None], sin[positions.long(), None]
+    tables = cos[:, None], sin[:, None]
     rows = torch.arange(batch, device=qkv.device)
     key = _rotated(key, *tables)
     keys[rows, :, slots.long()] = key

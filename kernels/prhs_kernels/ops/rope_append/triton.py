@@ -54,9 +54,8 @@ def rope_append_kernel(
     qkv_ptr,  # [SPLITS, batch, num_qo_heads + 2 * num_kv_heads, HEAD_DIM]
     k_ptr,  # [batch, num_kv_heads, n, HEAD_DIM]
     v_ptr,
-    cos_ptr,  # [max_positions, HEAD_DIM / 2]
+    cos_ptr,  # [batch, HEAD_DIM / 2]
     sin_ptr,
-    positions_ptr,  # [batch]
     slots_ptr,  # [batch]
     q_norm_ptr,  # [HEAD_DIM]
     k_norm_ptr,
@@ -85,6 +84,8 @@ def rope_append_kernel(
     seed,
     limit,
     copy_len,
+    stride_cos,
+    stride_sin,
     stride_kb,
     stride_kh,
     stride_kn,
@@ -114,7 +115,6 @@ def rope_append_kernel(
     line, offs = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H)
     inside = offs < HALF
     is_query, is_key = (line < GROUP)[:, None] & inside[None, :], (line == GROUP)[:, None] & inside[None, :]
-    position = tl.load(positions_ptr + batch).to(tl.int64)
     slot = tl.load(slots_ptr + batch).to(tl.int64)
     num_qo_heads = num_kv_heads * GROUP
     width = (num_qo_heads + 2 * num_kv_heads) * HEAD_DIM
@@ -126,8 +126,8 @@ def rope_append_kernel(
     value_ptrs = qkv_ptr + batch * width + (num_qo_heads + num_kv_heads + head) * HEAD_DIM + offs
     value_low = projected(value_ptrs, part, inside, dtype, SPLITS)
     value_high = projected(value_ptrs + HALF, part, inside, dtype, SPLITS)
-    cos = tl.load(cos_ptr + position * HALF + offs, mask=inside, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + position * HALF + offs, mask=inside, other=0.0).to(tl.float32)[None, :]
+    cos = tl.load(cos_ptr + batch * stride_cos + offs, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + batch * stride_sin + offs, mask=inside, other=0.0).to(tl.float32)[None, :]
     if GATE:  # everything is asked for before anything is needed
         known = load_rule(
             row, num_kv_heads, spans_ptr, budget_ptr, gate_ptr, tau_ptr, block_ptr, anchor_query_ptr,
@@ -174,7 +174,6 @@ def rope_append(
     values: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
     slots: torch.Tensor,
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
@@ -199,9 +198,8 @@ def rope_append(
         qkv,
         keys,
         values,
-        cos.contiguous(),
-        sin.contiguous(),
-        positions.contiguous(),
+        cos if cos.stride(1) == 1 else cos.contiguous(),
+        sin if sin.stride(1) == 1 else sin.contiguous(),
         slots.contiguous(),
         q_norm if q_norm is not None else qkv,
         k_norm if k_norm is not None else qkv,
@@ -211,6 +209,8 @@ def rope_append(
         eps,
         num_kv_heads,
         *numbers,
+        cos.stride(0),
+        sin.stride(0),
         *keys.stride()[:3],
         *values.stride()[:3],
         HEAD_DIM=head_dim,
