@@ -10,6 +10,7 @@ import triton.language as tl
 
 from prhs_kernels.ops.audit.state import LayerAudit
 from prhs_kernels.ops.decode_config import next_power_of_2
+from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
 
 
 @triton.jit
@@ -41,7 +42,9 @@ def count_dropped_kernel(
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     certain_sum = tl.zeros([BLOCK_R], tl.float64)
     audited_sum = tl.zeros([BLOCK_R], tl.float64)
     units = tl.zeros([BLOCK_R], tl.int32)
@@ -96,4 +99,5 @@ def count_dropped(
         BLOCK_G=padded,
         BLOCK_R=min(next_power_of_2(rows), 512 // padded),
         num_warps=4,
+        **pdl_options(lse.device),
     )
