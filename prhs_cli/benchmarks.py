@@ -125,8 +125,11 @@ def run(
     out: Output, request: Request, output: Path | None, *, device: str, dtype: str, seconds: float | None
 ) -> tuple[Path, dict[str, Any]]:
     """Measure what the result file does not hold yet; return its path and content."""
+    from prhs_calibration.files import check_writable
     from prhs_kernels.bench.session import Session, choose_device, choose_dtype, device_name
 
+    if output is not None:
+        check_writable(output)
     asked = request.plan(toy=False)  # a wrong argument is the thing to say first, also where there is no GPU
     choose_dtype(dtype, "cuda")
     place = choose_device(device)

@@ -172,6 +172,11 @@ def test_other_result_is_not_overwritten(prhs: Prhs, benchmark: Benchmark, tmp_p
     assert done.code == 3 and path.read_text() == "{}"
 
 
+def test_a_place_that_cannot_be_written_is_said_first(prhs: Prhs, tmp_path: Path) -> None:
+    done = prhs("bench", "decode", "-o", tmp_path / "absent" / "result.json")
+    assert done.code == 3 and "choose a folder you can write to" in done.error
+
+
 @pytest.mark.parametrize(("device", "words"), [("gpu0", "give auto or cuda:N"), ("cpu", "not a CUDA device")])
 def test_wrong_devices(prhs: Prhs, monkeypatch: pytest.MonkeyPatch, device: str, words: str) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
