@@ -43,6 +43,7 @@ class Job:
     runs: dict[str, list[Generation]] = dataclasses.field(default_factory=dict)
     lengths: dict[str, list[list[int]]] = dataclasses.field(default_factory=dict)
     _noted: set[str] = dataclasses.field(default_factory=set)
+    _share: float | None = None
 
     @classmethod
     def prepare(
@@ -104,7 +105,7 @@ class Job:
         from prhs_kernels.runtime.decode import Generation
 
         run, params = Generation(), self.variants[variant]
-        own = {"audit": None} if params.is_dense else {}
+        own = {"audit": None if params.is_dense else self._coin(requests)}
         sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + seed)
         made += [[] for _ in requests]
         with self.room.explained(width(requests), len(requests)):
@@ -123,6 +124,17 @@ class Job:
                 yield tokens
         self.runs.setdefault(variant, []).append(run)
         self.lengths.setdefault(variant, []).append([len(row) for row in made])
+
+    def _coin(self, requests: Sequence[Request]) -> float | None:
+        """Probability of the audit's coin; `auto` is decided once, for the first batch, the largest."""
+        from prhs_kernels.runtime.auditing import affordable_share
+
+        audit: float | str | None = self.settings["audit"]
+        if audit == "auto":
+            heads = self.variants["sparse"].num_kv_heads
+            self._share = self._share or affordable_share(len(requests) * heads)
+            return self._share
+        return audit  # type: ignore[return-value]
 
     def _note_once(self, notes: Sequence[str]) -> None:
         for note in notes:
@@ -164,7 +176,7 @@ class Job:
         return {name: summarize(self.runs[name], self.lengths[name], delta) for name in self.runs}
 
 
-def settings(backend: str, mode: str, audit: float | None, *, compares: bool) -> dict[str, Any]:
+def settings(backend: str, mode: str, audit: float | str | None, *, compares: bool) -> dict[str, Any]:
     """Arguments of `generate_tokens`; UsageError for options that exclude each other."""
     if audit is not None and mode == "released":
         raise UsageError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,12 +23,16 @@ def _between(value: float | None, example: str) -> float | None:
     return value
 
 
-def _share(value: float | None) -> float | None:
-    if value is not None and not 0 < value <= 1:
+def _share(text: str) -> float | str:
+    try:
+        value = 1.0 if text == "auto" else float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
         raise typer.BadParameter(
-            f"{value:g} is not in (0, 1]; 0.05 measures every twentieth unit, 1 all of them"
+            f"{text} is neither auto nor in (0, 1]; 0.05 measures every twentieth unit, 1 all of them"
         )
-    return value
+    return text if text == "auto" else value
 
 
 def _temperature(value: float) -> float:
@@ -190,11 +194,12 @@ Mode = Annotated[
     ),
 ]
 Audit = Annotated[
-    float | None,
+    Any,  # a float, "auto" or None
     typer.Option(
-        callback=_share,
-        metavar="P",
-        help="Measure this run's own dropped mass: retrievals exactly, and a share P of the other units.",
+        parser=_share,
+        metavar="P|auto",
+        help="Measure this run's own dropped mass: retrievals exactly, and a share P of the other units; "
+        "`auto` is one that costs a few per cent of the time.",
         show_default=False,
     ),
 ]

@@ -25,6 +25,7 @@ LABELS = {
     "audited_dropped_mass_lower": "  at least (confidence 0.95 for both)",
     "audited_dropped_mass_upper": "  at most",
     "audited_units": "  units the coin picked",
+    "audit_probability": "  its probability",
     "audit_verdict": "  mean of this run against δ",
 }
 OF_SEVERAL = ("prompts", "batches", "total_tokens_per_second")
@@ -45,6 +46,7 @@ def audit_line(summary: Mapping[str, Mapping[str, Any]], delta: float) -> str | 
         return None
     mass, lower, upper = (found[f"audited_dropped_mass{end}"] for end in ("", "_lower", "_upper"))
     line = f"dropped mass of this run {mass:.4g}, between {lower:.4g} and {upper:.4g}"
+    line += f" ({found['audited_units']:g} units of a coin of {found['audit_probability']:.2g})"
     meaning = {
         "held": f"at most δ = {delta:g}",
         "violated": f"above δ = {delta:g}, which is promised on average over prompts, not of each",

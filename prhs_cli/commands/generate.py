@@ -25,7 +25,7 @@ Examples:
   prhs generate --prompt-file question.txt --stats
   cat question.txt | prhs generate --prompt-file - --max-new-tokens 200
   prhs generate --prompt-file question.txt --delta 0.1 --compare dense
-  prhs generate --prompt-file question.txt --audit 0.1 --stats
+  prhs generate --prompt-file question.txt --audit auto --stats
   prhs generate --prompt-file question.txt --temperature 0.8 --top-p 0.95 --seed 1
   prhs generate --prompt-file questions.jsonl --output answers.jsonl --batch-size 8
   torchrun --nproc-per-node 2 -m prhs_cli generate --prompt-file question.txt --model llama-3.1-8b

@@ -125,11 +125,17 @@ def test_an_audit_of_everything_is_the_dropped_mass(
     assert figures["audit_verdict"] == ("held" if mass <= 0.4 else "violated")
     part = lines(prhs(*command, "--audit", 0.3, "--json", "--stats").out)[-1]["sparse"]
     assert part["audited_dropped_mass_lower"] <= mass <= part["audited_dropped_mass_upper"]
+    done = prhs(*command, "--audit", "auto", "--batch-size", 3, "--json", "--stats")
+    figures = lines(done.out)[-1]["sparse"]
+    # three sequences of two KV heads; the last batch has one, but the same coin
+    assert figures["batches"] == 2 and figures["audit_probability"] == pytest.approx(0.2 / 6)
     shown = prhs(*command, "--audit", 1, "--compare", "dense", "--stats")
     assert shown.code == 0 and "dropped mass of this run" in shown.out and "δ = 0.4" in shown.out
     refused = prhs(*command, "--audit", 0.1, "--mode", "released")
     assert refused.code == 2 and "exclude each other" in refused.error
-    assert prhs(*command, "--audit", 0).code == 2
+    for wrong in (0, "often", 1.5, "nan"):
+        done = prhs(*command, "--audit", wrong)
+        assert done.code == 2 and f"{wrong} is neither auto nor in (0, 1]" in done.error
 
 
 def test_key_copies_choose_alike_in_both_modes(

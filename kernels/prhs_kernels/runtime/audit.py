@@ -103,5 +103,6 @@ class Audit:
             "audited_dropped_mass_lower": lower,
             "audited_dropped_mass_upper": upper,
             "audited_units": self.audited_units,
+            "audit_probability": self.probability,
         }
         return found if delta is None else found | {"audit_verdict": self.verdict(delta, confidence)}

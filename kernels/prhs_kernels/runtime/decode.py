@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.backend import Backend, use_triton
 from prhs_kernels.params import SelectorParams
-from prhs_kernels.runtime.auditing import Auditor
+from prhs_kernels.runtime.auditing import Auditor, affordable_share
 from prhs_kernels.runtime.distributed import launched
 from prhs_kernels.runtime.engine import Mode
 from prhs_kernels.runtime.floor import memory_bandwidth, step_floor
@@ -38,7 +39,7 @@ def generate_tokens(
     backend: Backend = "auto",
     mode: Mode = "audited",
     dense_fallback: bool = False,
-    audit: float | None = None,
+    audit: float | Literal["auto"] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next token of every prompt, one decode step at a time.
 
@@ -57,8 +58,8 @@ def generate_tokens(
         mode: `released` frees what the windows no longer reach; by the engine, on any device.
         dense_fallback: let the engine attend to everything where shapes say that sparse attention cannot gain
             (`runtime.floor`); noted in `run`. Not for measuring a selector.
-        audit: measure the mass that this share of the units drops, retrievals always; in mode `audited`. The
-            counts are in `run.audit`.
+        audit: measure the mass that this share of the units drops, retrievals always; in mode `audited`.
+            `auto` is a share that costs little (`affordable_share`). The counts are in `run.audit`.
 
     Raises:
         UnsupportedModelError, InputError, UsageError: see `sparse_attention`.
@@ -73,6 +74,8 @@ def generate_tokens(
         raise UsageError("a comparison selector runs on the reference, and releases nothing")
     if audit is not None and (selector is not None or mode == "released"):
         raise UsageError("an audit needs our own selectors and mode 'audited'")
+    if audit == "auto":
+        audit = affordable_share(len(prompts) * params.num_kv_heads)
     ids, mask = (tensor.to(model.device) for tensor in left_pad(prompts, pad_token_id))
     run = run if run is not None else Generation()
     run.mode = mode
