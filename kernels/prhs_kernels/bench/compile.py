@@ -210,7 +210,7 @@ def _merge(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     from prhs_kernels.ops.merge_state.triton import merge_state_kernel
 
     padded = next_power_of_2(case.head_dim)
-    return merge_state_kernel, {"HEAD_DIM": case.head_dim, "BLOCK_D": padded, "BLOCK_S": 16}, {"num_warps": 2}
+    return merge_state_kernel, {"HEAD_DIM": case.head_dim, "BLOCK_D": padded, "BLOCK_S": 16}, {"num_warps": 1}
 
 
 def _prefill(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from prhs_kernels.bench.cases import LOCAL, QKV, SINKS, Case, Inputs
-from prhs_kernels.bench.timing import Calls
+from prhs_kernels.bench.timing import CALLS, Calls
 from prhs_kernels.ops.backend import num_sms
 from prhs_kernels.ops.retrieve import launch
 from prhs_kernels.ops.retrieve.api import retrieve
@@ -22,7 +22,13 @@ from prhs_kernels.ops.retrieve.config import (
     weigh_config,
 )
 from prhs_kernels.ops.retrieve.key_copy import KeyCopy, KeyCopyKind
-from prhs_kernels.ops.retrieve.state import Decision, RetrievalRule, RetrievalScratch, RetrievalState
+from prhs_kernels.ops.retrieve.state import (
+    Decision,
+    RetrievalRule,
+    RetrievalScratch,
+    RetrievalState,
+    capacity_for,
+)
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.params import Gate
 from prhs_kernels.testing.tolerances import tolerance
@@ -52,11 +58,13 @@ class Retrieval:
         # dilation brings up to two thirds more: the set then has about p.kept positions
         k = max(1, (p.kept - SINKS - LOCAL) * 3 // 5)
         self.budget = torch.full((p.batch, p.num_kv_heads), k, dtype=torch.int32, device=device)
+        # as many slots as calls may append before the sizes are put back
+        capacity = capacity_for(k, SINKS, LOCAL, 1, 6 * max(CALLS, inputs.copies))
         moving = spread(p.rows, self.wanted).to(device).view(p.batch, p.num_kv_heads, 1)
         moving = moving.expand(-1, -1, p.group).reshape(p.batch, p.num_qo_heads, 1, 1)
         self.queries = torch.where(moving, inputs.queries, inputs.queries[:1])
         self.state = RetrievalState.allocate(
-            p.batch, p.num_kv_heads, p.group, p.head_dim, p.kept + 512, inputs.dtype, device
+            p.batch, p.num_kv_heads, p.group, p.head_dim, capacity, inputs.dtype, device
         )
         self.scratch = RetrievalScratch.allocate(p.batch, p.num_kv_heads, p.group, p.n, device)
         self.step(0)  # every row has a set from here on

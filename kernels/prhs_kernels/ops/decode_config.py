@@ -85,7 +85,7 @@ def sparse_config(
         return waves * (-(-tiles // splits) + START) + (MERGE if splits > 1 else 0)
 
     wanted = min(range(1, min(tiles, MAX_SPLITS) + 1), key=cost)
-    room = min(4, max(1, max_kept // (2 * mean)))
+    room = min(4, max_kept // mean)
     splits = min(wanted * room, MAX_SPLITS)
     return DecodeConfig(shape.block_n, shape.num_warps, shape.num_stages, splits, -(-tiles // wanted))
 

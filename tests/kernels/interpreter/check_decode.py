@@ -275,4 +275,5 @@ def test_sparse_splits_by_waves_of_programs(monkeypatch: pytest.MonkeyPatch) -> 
     assert chosen(512, 256) == (1, 4), "1024 programs and a merge would take longer than 512"
     assert chosen(8, 1024) == (16, 1)
     assert chosen(64, 1024, 32768) == (24, 3)
+    assert chosen(64, 1024, 1200) == (6, 3) and chosen(64, 1024, 2048) == (12, 3)
     assert chosen(64, 1) == (1, 1)
