@@ -16,6 +16,7 @@ from prhs_kernels.ops.step_plan.api import StepPlan
 from prhs_kernels.params import SelectorParams
 
 AHEAD = 64  # steps whose coins are drawn together
+SPLITS = 16  # programs per head: few heads have anything to read, and these should not take long
 
 
 def windowed_layers(params: SelectorParams) -> list[int]:
@@ -83,8 +84,9 @@ class WindowAudit:
         # heads as sequences: spans are per sequence, and a head without a coin reads nothing
         alone = (tensor.flatten(0, 1).unsqueeze(1) for tensor in (keys, values))
         rows = query.reshape(-1, self._group, 1, query.shape[-1])
+        spans = self.spans[place].flatten(0, 1)
         _, whole = dense_decode(
-            rows, *alone, scale=scale, spans=self.spans[place].flatten(0, 1), backend=self._backend
+            rows, *alone, scale=scale, spans=spans, num_splits=SPLITS, backend=self._backend
         )
         self._kept.append(lse)
         self._whole.append(whole)
