@@ -80,7 +80,7 @@ def test_key_and_value_tiles_are_both_in_flight() -> None:
 
 def test_a_table_counts_every_kernel() -> None:
     count = collections.Counter(case.kernel for case in full_grid())
-    decode = {"sparse_decode", "dense_decode", "merge_state", "gate", "scan", "weigh", "choose"}
+    decode = {"sparse_decode", "dense_decode", "merge_state", "gate", "scan", "choose"}
     copies = {f"{name} {kind}" for name in ("scan", "key copy") for kind in ("int8", "fp8", "int4")}
     assert set(count) == decode | copies | {"window_prefill", "count_dropped"}
     assert count["window_prefill"] == len(ARCHITECTURES) * len(HEAD_DIMS) * 3

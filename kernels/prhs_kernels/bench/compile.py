@@ -26,7 +26,7 @@ from prhs_kernels.errors import PrhsError, ResourceError
 from prhs_kernels.ops.backend import HEAD_DIMS, has_triton, interpreted
 from prhs_kernels.ops.decode_config import DecodeConfig, gather_registers, max_registers, next_power_of_2
 from prhs_kernels.ops.launch_table import tile
-from prhs_kernels.ops.retrieve.config import ScanConfig, choose_config, scan_registers, weigh_config
+from prhs_kernels.ops.retrieve.config import ScanConfig, choose_config, scan_registers
 from prhs_kernels.ops.retrieve.key_copy import MAX_FP32_FP8, KeyCopyKind
 from prhs_kernels.ops.window_prefill.config import prefill_config
 
@@ -80,7 +80,7 @@ def full_grid() -> list[Case]:
         cases += [Case(f"scan {copy}", *axes, group) for axes in fitting for group in (1, 16)]
     cases += [Case("window_prefill", *axes) for axes in sizes]
     for arch, group in itertools.product(ARCHITECTURES, GROUPS):
-        cases += [Case(k, arch, group=group, length=n) for k in ("weigh", "choose") for n in ROW_LENGTHS]
+        cases += [Case("choose", arch, group=group, length=n) for n in ROW_LENGTHS]
         cases.append(Case("count_dropped", arch, group=group))
     return cases
 
@@ -118,7 +118,7 @@ def compile_case(case: Case) -> Usage:
     # registers bounded as they are at a launch
     if case.kernel.startswith("scan "):
         options["maxnreg"] = scan_registers(case.kernel, TORCH_DTYPES[case.dtype]) or 255
-    elif case.kernel in ("weigh", "choose"):
+    elif case.kernel == "choose":
         options["maxnreg"] = 128
     elif case.kernel == "sparse_decode" and (bound := gather_registers(TORCH_DTYPES[case.dtype])):
         options["maxnreg"] = bound
@@ -151,7 +151,7 @@ _POINTERS = {
     "weights_ptr": "i32", "words_ptr": "i32", "dilation_ptr": "i32", "lse_ptr": "fp32", "part_ptr": "fp32",
     "part_lse_ptr": "fp32", "tau_ptr": "fp32", "scores_ptr": "fp32", "chunk_max_ptr": "fp32",
     "padding_ptr": "i64", "fraction_ptr": "fp64",
-    "chunk_sum_ptr": "fp32", "counters_ptr": "i32", "histogram_ptr": "i32", "coin_ptr": "i32",
+    "chunk_sum_ptr": "fp32", "counters_ptr": "i32", "list_ptr": "i32", "coin_ptr": "i32",
     "step_ptr": "i64",
     "codes_ptr": "u8", "data_ptr": "u8", "key_scale_ptr": "fp32", "row_scale_ptr": "fp32", "slots_ptr": "i32",
     "audit_lse_ptr": "fp32", "lse_kept_ptr": "fp32", "sums_ptr": "fp64", "units_ptr": "i64",
@@ -249,21 +249,13 @@ def _scan(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     return scan_kernel, constants, {name: constants.pop(name) for name in ("num_warps", "num_stages")}
 
 
-def _weigh(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    from prhs_kernels.ops.retrieve.choose.triton import weigh_kernel
-    from prhs_kernels.ops.retrieve.launch import weigh_constants
-
-    config = weigh_config(case.group, torch.device("meta"))
-    constants = weigh_constants(case.group, case.length, config)
-    return weigh_kernel, constants, {"num_warps": constants.pop("num_warps")}
-
-
 def _choose(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     from prhs_kernels.ops.retrieve.choose.triton import choose_kernel
+    from prhs_kernels.ops.retrieve.launch import choose_constants
 
-    config = choose_config(case.length, torch.device("meta"))
-    sizes = {"GROUP": case.group, "PACK": config.pack, "LIST": config.list_len, "WORDS": config.words}
-    return choose_kernel, sizes, {"num_warps": config.num_warps}
+    config = choose_config(case.length, case.group, torch.device("meta"))
+    constants = choose_constants(case.group, case.length, config)
+    return choose_kernel, constants, {"num_warps": constants.pop("num_warps")}
 
 
 def _key_copy(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
@@ -291,7 +283,6 @@ _KERNELS: dict[str, Callable[[Case], tuple[Any, dict[str, Any], dict[str, int]]]
     "gate": _gate,
     "scan": _scan,
     **{f"scan {copy}": _scan for copy in COPIES},
-    "weigh": _weigh,
     "choose": _choose,
     **{f"key copy {copy}": _key_copy for copy in COPIES},
     "count_dropped": _count_dropped,

@@ -14,13 +14,7 @@ from prhs_kernels.bench.timing import CALLS, Calls
 from prhs_kernels.ops.backend import num_sms
 from prhs_kernels.ops.retrieve import launch
 from prhs_kernels.ops.retrieve.api import retrieve
-from prhs_kernels.ops.retrieve.config import (
-    ChooseConfig,
-    ScanConfig,
-    WeighConfig,
-    choose_config,
-    weigh_config,
-)
+from prhs_kernels.ops.retrieve.config import ChooseConfig, ScanConfig, choose_config
 from prhs_kernels.ops.retrieve.key_copy import KeyCopy, KeyCopyKind
 from prhs_kernels.ops.retrieve.state import (
     Decision,
@@ -110,16 +104,11 @@ class Retrieval:
         query = self.qkv(0)[0]
         self.state.reset()
         self.scratch.work.zero_()
-        self.scratch.histogram.zero_()
         launch.gate(query, query, self.inputs.spans, self.budget, self.rule, self.state, self.scratch)
 
-    def weigh(self, config: WeighConfig | None = None) -> None:
-        """On the scores of the last scan; the histogram must be cleared before it is used."""
-        launch.weigh(self.inputs.spans, self.rule, self.state, self.scratch, config=config)
-
     def choose(self, config: ChooseConfig | None = None) -> None:
-        """The last stage, after a weighing."""
-        launch.choose(self.inputs.spans, self.budget, self.rule, self.state, self.scratch, config)
+        """On the scores of the last scan."""
+        launch.choose(self.inputs.spans, self.budget, self.rule, self.state, self.scratch, config=config)
 
     def check(self) -> None:
         """The log-sum-exp of a row, and that no position of its top-k is missing, near ties aside."""
@@ -204,26 +193,17 @@ def stage_cases(inputs: Inputs) -> Iterator[Case]:
         every().fill_work_list()
         return inputs.rotate(functools.partial(scan, key_copies(inputs, kind)))
 
-    def both() -> None:
-        every().weigh()
-        every().choose()
-
-    def weighed(choose: bool) -> Calls:
-        """The choice clears the histogram of the weighing, so it is timed together with one."""
+    def choose() -> Calls:
         every().fill_work_list()
         scan([None], 0)
-        if not choose:
-            return [every().weigh]
-        return [both]
+        return [every().choose]
 
     for kind in KeyCopyKind:
         name = "scan" if kind == KeyCopyKind.EXACT else f"scan, {kind.value} keys"
         num_bytes = p.rows * p.n * (kind.scan_bytes(p.head_dim, inputs.item) + 4)
         yield Case(name, "stage", num_bytes, functools.partial(scans, kind))
-    note = "warm L2, as in a step"
-    yield Case("weigh", "stage", p.rows * 4 * p.n * (p.group + 1), lambda: weighed(False), note=note)
     num_bytes = p.rows * 4 * (p.n * (p.group + 2) + p.kept)
-    yield Case("weigh + choose", "stage", num_bytes, lambda: weighed(True), note=note)
+    yield Case("choose", "stage", num_bytes, choose, note="warm L2, as in a step")
 
 
 def key_copies(inputs: Inputs, kind: KeyCopyKind) -> list[KeyCopy | None]:
@@ -271,9 +251,8 @@ def tuning_cases(inputs: Inputs) -> Iterator[Case]:
         key_copy = copied()[i % len(copied())]
         launch.scan(query, keys, inputs.spans, every().scratch, inputs.scale, key_copy, config)
 
-    def choose_call(config: tuple[WeighConfig, ChooseConfig], i: int) -> None:
-        every().weigh(config[0])
-        every().choose(config[1])
+    def choose_call(config: ChooseConfig, _: int) -> None:
+        every().choose(config)
 
     def case(name: str, call: Callable[[Any, int], None], config: Any, num_bytes: int) -> Case:
         def prepare() -> Calls:
@@ -285,8 +264,7 @@ def tuning_cases(inputs: Inputs) -> Iterator[Case]:
             many = max(inputs.copies, inputs.sets) if name == "sparse" else 0
             return inputs.rotate(functools.partial(call, config), many)
 
-        shape = config if isinstance(config, tuple) else (config,)
-        return Case(f"tune {name} {[dataclasses.astuple(c) for c in shape]}", "tune", num_bytes, prepare)
+        return Case(f"tune {name} {dataclasses.astuple(config)}", "tune", num_bytes, prepare)
 
     device = torch.device(inputs.device)
     sms = num_sms(device)
@@ -303,17 +281,12 @@ def tuning_cases(inputs: Inputs) -> Iterator[Case]:
     for tile, per_sm in [((128, 4, 4), 4), ((128, 4, 3), 4), ((128, 8, 3), 2), ((64, 4, 6), 4)]:
         num_bytes = p.rows * p.n * (p.head_dim + 8)
         yield case("scan int8", copy_scan_call, ScanConfig(*tile, per_sm * sms), num_bytes)
-    weighing, choice = weigh_config(p.group, device), choose_config(p.n, device)
-    for one, other in [
-        ({"programs": 4 * sms}, {}),
-        ({"programs": 12 * sms}, {}),
-        ({"block_n": 256}, {}),
-        ({}, {"pack": 4096}),
-        ({}, {"list_len": 512}),
-        ({}, {"num_warps": 4, "programs": 4 * sms, "list_len": 512}),
-        ({}, {"num_warps": 16, "programs": sms, "pack": 4096}),
-    ]:
-        config = (dataclasses.replace(weighing, **one), dataclasses.replace(choice, **other))
-        yield case("choose", choose_call, config, 4 * p.rows * p.n)
+    choice = choose_config(p.n, p.group, device)
+    for other in [
+        {"block_n": choice.block_n * 2}, {"sample": choice.sample * 2}, {"list_len": choice.list_len // 2},
+        {"num_warps": 4, "programs": 4 * sms}, {"num_warps": 8, "programs": 2 * sms},
+        {"num_warps": 16, "programs": sms},
+    ]:  # fmt: skip
+        yield case("choose", choose_call, dataclasses.replace(choice, **other), 4 * p.rows * p.n)
     for tile, splits in [((64, 4, 3), 6), ((64, 4, 3), 12), ((64, 4, 4), 4), ((128, 8, 3), 4)]:
         yield case("dense", dense_call, DecodeConfig(*tile, splits), kv_bytes * p.n)

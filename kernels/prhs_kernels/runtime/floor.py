@@ -14,7 +14,7 @@ from prhs_kernels.params import SelectorParams
 
 SECONDS_PER_LAUNCH = 3e-6  # a small kernel inside a graph, its first and last bytes under way
 DENSE_LAUNCHES = 2  # split-K kernel, merge
-SPARSE_LAUNCHES = 6  # gate, scan, weigh, select, split-K kernel, merge
+SPARSE_LAUNCHES = 4  # scan, choose, split-K kernel, merge; the rotation decides
 RETRIEVAL_RATIO = 0.5  # assumed where nothing is known: every second unit scores its keys
 USUAL_BANDWIDTH = 2e12  # bytes per second, where the driver does not say
 

@@ -116,7 +116,7 @@ def both(query, keys, spans, budget, rule_, start, scratch, query_pre=None, key_
     if audit is not None:
         assert torch.equal(audit.coin, other.coin)
         torch.testing.assert_close(audit.lse, other.lse, rtol=1e-5, atol=1e-5)
-    for counters in (scratch.work[:1], scratch.histogram, scratch.counters):
+    for counters in (scratch.work[:1], scratch.counters):
         assert not counters.any(), "ready for the next step"
     return found
 
@@ -233,18 +233,36 @@ def test_random_scores_choose_the_same_up_to_rounding(group: int, dtype: torch.d
     torch.testing.assert_close(state.lse[0, 0].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
-def test_more_open_positions_than_fit_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The looping form of the search, made reachable by a short block: seven levels are 140 ties each."""
+def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short blocks, so that short rows take several, more than one program, and a sample."""
     from prhs_kernels.ops.retrieve import launch
     from prhs_kernels.ops.retrieve.config import choose_config
 
     def short(*args):
-        return dataclasses.replace(choose_config(*args), list_len=64, pack=256, programs=7)
+        return dataclasses.replace(choose_config(*args), list_len=64, sample=64, num_warps=1, programs=7)
 
     monkeypatch.setattr(launch, "choose_config", short)
-    query, keys = separated(1000, (2 * GROUP, 2), 64, torch.float32, levels=7)
-    spans = candidate_spans(torch.tensor([1000, 900]), torch.tensor([0, 17]), num_sinks=2).to(DEVICE)
+
+
+def test_a_list_that_does_not_fit_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven levels are 360 ties each."""
+    shortened(monkeypatch)
+    query, keys = separated(2500, (2 * GROUP, 2), 64, torch.float32, levels=7)
+    spans = candidate_spans(torch.tensor([2500, 900]), torch.tensor([0, 17]), num_sinks=2).to(DEVICE)
     budget = torch.tensor([[100, 300], [1, 500]], dtype=torch.int32, device=DEVICE)
+    both(query, keys, spans, budget, rule(2, dilation=2), new_state(query, keys, 2500), poisoned(keys))
+
+
+def test_a_sample_that_misleads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All sampled positions are among the best, so the first bound is too high; the list is made again."""
+    shortened(monkeypatch)
+    query, keys = separated(1000, (2 * GROUP, 2), 64, torch.float32)
+    size, drawn = 1000 - 2 - 3, torch.arange(64)
+    stride = -(-size // 64)
+    sampled = 2 + drawn * stride + ((drawn * 40503) >> 5) % stride
+    keys[:, :, sampled[sampled < 1000].to(DEVICE), 0] += 16.0
+    spans = candidate_spans(torch.tensor([1000, 1000]), torch.tensor([0, 0]), num_sinks=2).to(DEVICE)
+    budget = torch.tensor([[100, 300], [40, 500]], dtype=torch.int32, device=DEVICE)
     both(query, keys, spans, budget, rule(2, dilation=2), new_state(query, keys, 1000), poisoned(keys))
 
 

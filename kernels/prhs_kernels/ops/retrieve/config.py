@@ -22,22 +22,13 @@ class ScanConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class WeighConfig:
-    """block_n: positions per iteration; programs: the grid."""
+class ChooseConfig:
+    """block_n: positions weighed per iteration; sample: positions for a bound; list_len: candidates that stay
+    in registers; programs: parts that run at once."""
 
     block_n: int
-    num_warps: int
-    programs: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ChooseConfig:
-    """pack: positions marked per iteration; list_len: open positions that stay in registers; words: of the
-    bit mask, per iteration; programs: the grid."""
-
-    pack: int
+    sample: int
     list_len: int
-    words: int
     num_warps: int
     programs: int
 
@@ -53,13 +44,10 @@ def scan_registers(copy: str, dtype: torch.dtype) -> int | None:
     return None if copy == "exact" else 255 if dtype == torch.float32 else 128
 
 
-def weigh_config(group: int, device: torch.device) -> WeighConfig:
-    """Sixteen scores per thread, and programs enough to hide the way to memory."""
-    return WeighConfig(max(64, min(1024, 2048 // next_power_of_2(group))), 4, 4 * num_sms(device))
-
-
-def choose_config(n: int, device: torch.device) -> ChooseConfig:
-    """For caches of up to n slots: one program of 16 warps on an SM, four of four where rows are short."""
+def choose_config(n: int, group: int, device: torch.device) -> ChooseConfig:
+    """For caches of up to n slots: one program of 16 warps on an SM, four of 4 where rows are short."""
+    heads = next_power_of_2(group)  # about sixteen scores per thread
     if n <= 4096:
-        return ChooseConfig(1024, 512, 128, 4, 4 * num_sms(device))
-    return ChooseConfig(4096, 1024, 1024, 16, num_sms(device))
+        return ChooseConfig(max(256, 2048 // heads), 512, 512, 4, 4 * num_sms(device))
+    sample = 2048 if n <= 131072 else 4096
+    return ChooseConfig(max(512, min(2048, 8192 // heads)), sample, 2048, 16, num_sms(device))

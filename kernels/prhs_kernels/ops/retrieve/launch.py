@@ -1,4 +1,4 @@
-"""The four launches of a retrieval: grids fixed by shapes, what a program does decided on the device."""
+"""The three launches of a retrieval: grids fixed by shapes, what a program does decided on the device."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from prhs_kernels.ops.decode_config import max_registers, next_power_of_2, preci
 from prhs_kernels.ops.retrieve.config import (
     ChooseConfig,
     ScanConfig,
-    WeighConfig,
     choose_config,
     scan_config,
     scan_registers,
-    weigh_config,
 )
 from prhs_kernels.ops.retrieve.key_copy import KeyCopy
 from prhs_kernels.ops.retrieve.state import (
@@ -45,8 +43,7 @@ def retrieve(
     if not gated:
         gate(query, query_pre, spans, budget, rule, state, scratch, audit, key_copy is not None)
     scan(query, keys, spans, scratch, scale, key_copy, audited=audit is not None)
-    weigh(spans, rule, state, scratch, audit)
-    choose(spans, budget, rule, state, scratch)
+    choose(spans, budget, rule, state, scratch, audit)
 
 
 def gate(
@@ -165,8 +162,8 @@ def scan(
     )
 
 
-def weigh_constants(group: int, max_len: int, config: WeighConfig) -> dict[str, Any]:
-    """Compile-time arguments of the weighing."""
+def choose_constants(group: int, max_len: int, config: ChooseConfig) -> dict[str, Any]:
+    """Compile-time arguments of the choice."""
     chunk = chunk_size(max_len)
     chunks = -(-max_len // chunk)
     return {
@@ -176,72 +173,49 @@ def weigh_constants(group: int, max_len: int, config: WeighConfig) -> dict[str, 
         "CHUNK": chunk,
         "CHUNKS": chunks,
         "BLOCK_C": next_power_of_2(chunks),
+        "SAMPLE": config.sample,
+        "LIST": config.list_len,
+        "WORDS": 32 * config.num_warps,  # one for each thread, whose 32 keys are then loaded at once
         "num_warps": config.num_warps,
     }
 
 
-def weigh(
-    spans: torch.Tensor, rule: RetrievalRule, state: RetrievalState, scratch: RetrievalScratch,
-    audit: LayerAudit | None = None, config: WeighConfig | None = None,
-) -> None:  # fmt: skip
-    """Log-sum-exp over all candidates of every entry; importances of the rows that retrieve."""
-    from prhs_kernels.ops.overlap.triton import pdl_options
-    from prhs_kernels.ops.retrieve.choose.triton import weigh_kernel
-
-    rows, group, max_len = scratch.scores.shape
-    config = config or weigh_config(group, spans.device)
-    weigh_kernel[(config.programs,)](
-        spans,
-        scratch.work,
-        scratch.scores,
-        scratch.chunk_max,
-        scratch.chunk_sum,
-        scratch.weights,
-        scratch.histogram,
-        state.lse,
-        audit.lse if audit else state.lse,
-        state.count.shape[1],
-        rows,
-        max_len,
-        rule.num_local,
-        **weigh_constants(group, max_len, config),
-        maxnreg=128,
-        **pdl_options(spans.device),
-    )
-
-
 def choose(
     spans: torch.Tensor, budget: torch.Tensor, rule: RetrievalRule, state: RetrievalState,
-    scratch: RetrievalScratch, config: ChooseConfig | None = None,
+    scratch: RetrievalScratch, audit: LayerAudit | None = None, config: ChooseConfig | None = None,
 ) -> None:  # fmt: skip
-    """The new set of every row on the work list that retrieves."""
+    """Log-sum-exp of every entry of the work list; importances and the new set of rows that retrieve."""
     from prhs_kernels.ops.overlap.triton import pdl_options
     from prhs_kernels.ops.retrieve.choose.triton import choose_kernel
 
-    _, group, max_len = scratch.scores.shape
-    config = config or choose_config(max_len, spans.device)
-    choose_kernel[(config.programs,)](
+    rows, group, max_len = scratch.scores.shape
+    config = config or choose_config(max_len, group, spans.device)
+    entries = rows * (2 if audit else 1)
+    choose_kernel[(max(config.programs, entries),)](
         spans,
         scratch.work,
-        scratch.weights,
         scratch.scores,
-        scratch.histogram,
+        scratch.scores.view(torch.int32),
+        scratch.chunk_max,
+        scratch.chunk_sum,
+        scratch.weights,
         scratch.counters,
         scratch.words,
         budget,
         rule.dilation,
         state.indices,
         state.count,
+        state.lse,
+        audit.lse if audit else state.lse,
+        config.programs,
         state.count.shape[1],
+        rows,
         max_len,
-        scratch.words.shape[-1],
+        scratch.weights.shape[1],
+        scratch.words.shape[2],
         state.indices.shape[-1],
         rule.num_local,
-        GROUP=group,
-        PACK=config.pack,
-        LIST=config.list_len,
-        WORDS=config.words,
-        num_warps=config.num_warps,
+        **choose_constants(group, max_len, config),
         maxnreg=128,
         **pdl_options(spans.device),
     )

@@ -115,10 +115,11 @@ class RetrievalScratch:
 
     work: `[3 + 2 * rows]` int32: next free place of the list, its length for later stages, chunks of a piece
         of the scan, the list.
-    scores: `[rows, group, n]` fp32, base-2 logits; weights: `[rows, n]` int32, bits of the importance.
+    scores: `[rows, group, n]` fp32, base-2 logits.
+    weights: `[rows, n up to a multiple of 1024]` int32, bits of the importance.
     words: `[rows, 2, ceil(n / 32)]` int32, bit masks of the chosen positions and of those with neighbours.
     chunk_max, chunk_sum: `[2, rows, group, chunks]` fp32, softmax of every piece of the scan; [1]: of audits.
-    histogram: `[rows, 256]` int32 of importances; counters: `[rows, 2]` int32; zero between retrievals.
+    counters: `[rows]` int32, zero between retrievals.
     """
 
     work: torch.Tensor
@@ -127,7 +128,6 @@ class RetrievalScratch:
     words: torch.Tensor
     chunk_max: torch.Tensor
     chunk_sum: torch.Tensor
-    histogram: torch.Tensor
     counters: torch.Tensor
 
     @classmethod
@@ -146,18 +146,17 @@ class RetrievalScratch:
         return cls(
             work=zeros(3 + 2 * rows),
             scores=floats(rows, group, n),
-            weights=torch.empty(rows, n, dtype=torch.int32, device=device),
+            weights=torch.empty(rows, -(-n // 1024) * 1024, dtype=torch.int32, device=device),
             words=torch.empty(rows, 2, -(-n // 32), dtype=torch.int32, device=device),
             chunk_max=floats(2, rows, group, chunks),
             chunk_sum=floats(2, rows, group, chunks),
-            histogram=zeros(rows, 256),
-            counters=zeros(rows, 2),
+            counters=zeros(rows),
         )
 
     @property
     def max_len(self) -> int:
         """Slots it was made for."""
-        return self.weights.shape[1]
+        return self.scores.shape[2]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

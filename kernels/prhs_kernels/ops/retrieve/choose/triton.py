@@ -1,8 +1,8 @@
-"""Weigh, then choose: importances and their histogram, and from these the new set of every row on the list.
+"""Weigh and choose: importances of the positions, and from these the new set of every row on the list.
 
-Both launches share out the rows of the work list to as many programs as run at once. In the second one the
-program that finishes a row last selects. An audit gets its log-sum-exp and nothing else. Histograms and
-counters are zero before and after, so no memset is needed.
+The programs share out the rows of the work list, in parts of equal length; the one that finishes the last
+part of a row chooses for it, while the others go on. An audit gets its log-sum-exp and nothing else. The
+counters of finished parts are zero before and after, so no memset is needed.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from prhs_kernels.ops.overlap.triton import wait_for_previous
 from prhs_kernels.ops.retrieve.gate.triton import HEADER, load_parts
-from prhs_kernels.ops.retrieve.select.triton import BINS, bin_of, find_bins, mark, select_row
+from prhs_kernels.ops.retrieve.select.triton import UNIT, select_row
 from prhs_kernels.ops.sparse_decode.triton import LN_2
 
 
@@ -38,44 +38,66 @@ def log_sum_exp(
 
 
 @triton.jit
-def weigh_part(
-    scores_ptr, weights_ptr, histogram_ptr, lse, begin, end, sinks, max_len,
-    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+def load_scores(
+    scores_ptr, place, size, max_len, GROUP: tl.constexpr, BLOCK_G: tl.constexpr
 ):  # fmt: skip
-    """Store importances of the middle positions [begin, end) and add them to the row's histogram."""
-    offs_g = tl.arange(0, BLOCK_G)
-    bins = tl.arange(0, BINS)
-    counts = tl.zeros([BINS], tl.int32)
-    for start in range(begin, end, BLOCK_N):
-        place = start + tl.arange(0, BLOCK_N)
-        valid = place < end
-        scores = tl.load(
-            scores_ptr + offs_g[:, None] * max_len + (sinks + place)[None, :],
-            mask=(offs_g[:, None] < GROUP) & valid[None, :],
-            other=float("-inf"),
-        )
-        # never negative, so its bits order like its value
-        bits = tl.sum(tl.exp2(scores - lse[:, None]), axis=0).to(tl.int32, bitcast=True)
-        tl.store(weights_ptr + place, bits, mask=valid)
-        counts += tl.histogram(tl.where(valid, bin_of(bits), 0), BINS)
-        counts -= tl.where(bins == 0, BLOCK_N - tl.minimum(end - start, BLOCK_N), 0)
-    tl.atomic_add(histogram_ptr + bins, counts, mask=counts > 0, sem="relaxed")
+    """Scores `[BLOCK_G, BLOCK_N]` of places, -inf behind the last; `[BLOCK_N]` for a group of one.
+
+    A tile of one row would be spread to threads the wrong way round.
+    """
+    if GROUP == 1:
+        scores = tl.load(scores_ptr + place, mask=place < size, other=float("-inf"))
+    else:
+        offs_g = tl.arange(0, BLOCK_G)[:, None]
+        mask = (offs_g < GROUP) & (place < size)[None, :]
+        scores = tl.load(scores_ptr + offs_g * max_len + place[None, :], mask=mask, other=float("-inf"))
+    return scores
 
 
 @triton.jit
-def weigh_kernel(
+def weigh_part(
+    scores, scores_ptr, weights_ptr, lse, begin, end, size, max_len,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store the importances of the middle positions [begin, end), -1 from `size` on; `scores`: the first."""
+    for start in range(begin, end, BLOCK_N):
+        place = start + tl.arange(0, BLOCK_N)
+        if GROUP == 1:
+            weight = tl.exp2(scores - tl.sum(lse, axis=0))
+        else:
+            weight = tl.sum(tl.exp2(scores - lse[:, None]), axis=0)
+        scores = load_scores(scores_ptr, place + BLOCK_N, tl.minimum(end, size), max_len, GROUP, BLOCK_G)
+        bits = weight.to(tl.int32, bitcast=True)  # never negative, so its bits order like its value
+        words = tl.trans(tl.reshape(tl.where(place < size, bits, -1), [BLOCK_N // 32, 32]))
+        at = start // 32 + tl.arange(0, BLOCK_N // 32)
+        ptrs = weights_ptr + (at // 32 * UNIT + at % 32)[None, :] + 32 * tl.arange(0, 32)[:, None]
+        tl.store(ptrs, words, mask=(at // 32 * UNIT < end)[None, :])
+
+
+@triton.jit
+def choose_kernel(
     spans_ptr,  # [batch, 4]
     work_ptr,  # [HEADER + 2 * rows]
     scores_ptr,  # [rows, GROUP, max_len]
+    list_ptr,  # the same memory as int32: scores of a row that is chosen for are no longer needed
     chunk_max_ptr,  # [2, rows, GROUP, CHUNKS], by piece
     chunk_sum_ptr,
-    weights_ptr,  # [rows, max_len], middle positions only
-    histogram_ptr,  # [rows, BINS], zeros
+    weights_ptr,  # [rows, max_weights], middle positions only, by `address`
+    counters_ptr,  # [rows], zeros: parts that are done
+    words_ptr,  # [rows, 2, max_words], scratch
+    budget_ptr,  # [rows]
+    dilation_ptr,  # [num_kv_heads]
+    idx_ptr,  # [rows, capacity]
+    count_ptr,  # [rows]
     lse_ptr,  # [rows, GROUP]
     audit_lse_ptr,  # [rows, GROUP]
+    num_parts,  # into which the work is divided, more or fewer than the rows
     num_kv_heads,
     num_rows,
     max_len,
+    max_weights,
+    max_words,
+    capacity,
     num_local,
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -83,83 +105,47 @@ def weigh_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_previous(PDL)
-    active = tl.load(work_ptr + 1)
-    if tl.program_id(0) == 0:
-        tl.store(work_ptr, 0)  # for the next step
-    offs_g = tl.arange(0, BLOCK_G)
-    parts = tl.maximum(tl.num_programs(0) // tl.maximum(active, 1), 1)
-    for unit in range(tl.program_id(0), active * parts, tl.num_programs(0)):
-        entry = tl.load(work_ptr + HEADER + unit % active)
-        size = tl.load(work_ptr + 2)
-        part = unit // active
-        row, audited = (entry // 2).to(tl.int64), entry % 2
-        first, sinks, window, middle, end = load_parts(spans_ptr, row // num_kv_heads, num_local)
-        stats = (audited * num_rows + row) * GROUP * CHUNKS
-        used = tl.cdiv(tl.cdiv(sinks + end - window, CHUNK), size)
-        lse = log_sum_exp(chunk_max_ptr + stats, chunk_sum_ptr + stats, used, GROUP, BLOCK_G, CHUNKS, BLOCK_C)
-        saved = (offs_g < GROUP) & (part == 0)
-        if audited == 1:
-            tl.store(audit_lse_ptr + row * GROUP + offs_g, lse * LN_2, mask=saved)
-        else:
-            tl.store(lse_ptr + row * GROUP + offs_g, lse * LN_2, mask=saved)
-            span = tl.cdiv(tl.cdiv(middle, BLOCK_N), parts) * BLOCK_N
-            weigh_part(
-                scores_ptr + row * GROUP * max_len, weights_ptr + row * max_len, histogram_ptr + row * BINS,
-                lse, part * span, tl.minimum(part * span + span, middle), sinks, max_len,
-                GROUP, BLOCK_G, BLOCK_N,
-            )  # fmt: skip
-
-
-@triton.jit
-def choose_kernel(
-    spans_ptr,  # [batch, 4]
-    work_ptr,  # [HEADER + 2 * rows]
-    weights_ptr,  # [rows, max_len], middle positions only
-    scores_ptr,  # [rows, GROUP, max_len], scratch for a list of positions
-    histogram_ptr,  # [rows, BINS]
-    counters_ptr,  # [rows, 2], zeros: parts that are done, positions on the list
-    words_ptr,  # [rows, 2, max_words], scratch
-    budget_ptr,  # [rows]
-    dilation_ptr,  # [num_kv_heads]
-    idx_ptr,  # [rows, capacity]
-    count_ptr,  # [rows]
-    num_kv_heads,
-    max_len,
-    max_words,
-    capacity,
-    num_local,
-    GROUP: tl.constexpr,
-    PACK: tl.constexpr,
+    SAMPLE: tl.constexpr,
     LIST: tl.constexpr,
     WORDS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
-    active = tl.load(work_ptr + 1)
-    parts = tl.maximum(tl.num_programs(0) // tl.maximum(active, 1), 1)
-    for unit in range(tl.program_id(0), active * parts, tl.num_programs(0)):
-        entry = tl.load(work_ptr + HEADER + unit % active)
-        if entry % 2 == 0:
-            row, part = (entry // 2).to(tl.int64), unit // active
-            first, sinks, window, middle, end = load_parts(spans_ptr, row // num_kv_heads, num_local)
-            k = tl.load(budget_ptr + row)
-            keys_ptr, list_ptr = weights_ptr + row * max_len, scores_ptr + row * GROUP * max_len
-            chosen_ptr, found_ptr = words_ptr + row * 2 * max_words, counters_ptr + 2 * row + 1
-            bounds = find_bins(histogram_ptr + row * BINS, middle, k, k // 3)
-            span = tl.cdiv(tl.cdiv(middle, PACK), parts) * PACK
-            stop = tl.minimum(part * span + span, middle)
-            mark(keys_ptr, list_ptr, found_ptr, chosen_ptr, part * span, stop, max_words, bounds, k, PACK)
-            tl.debug_barrier()  # all threads have stored before one of them reports it
-            if tl.atomic_add(counters_ptr + 2 * row, 1) == parts - 1:
-                select_row(
-                    keys_ptr, list_ptr, found_ptr, chosen_ptr, idx_ptr + row * capacity, count_ptr + row,
-                    bounds, k, tl.load(dilation_ptr + row % num_kv_heads), first, sinks, window, middle, end,
-                    max_words, capacity, LIST, WORDS,
-                )  # fmt: skip
-                tl.store(counters_ptr + 2 * row, 0)
-                tl.store(found_ptr, 0)
-                bins = tl.arange(0, BINS)
-                tl.store(histogram_ptr + row * BINS + bins, tl.zeros([BINS], tl.int32))
+    active, piece = tl.load(work_ptr + 1), tl.load(work_ptr + 2)
+    if tl.program_id(0) == 0:
+        tl.store(work_ptr, 0)  # for the next step
+    offs_g = tl.arange(0, BLOCK_G)
+    # one part for each program: in a loop over parts, the compiler would keep every index vector of the code
+    # below in registers
+    parts = tl.maximum(num_parts // tl.maximum(active, 1), 1)
+    if tl.program_id(0) < active * parts:
+        entry, part = tl.load(work_ptr + HEADER + tl.program_id(0) // parts), tl.program_id(0) % parts
+        row, audited = (entry // 2).to(tl.int64), entry % 2
+        first, sinks, window, size, end = load_parts(spans_ptr, row // num_kv_heads, num_local)
+        units = tl.cdiv(BLOCK_N, UNIT)  # of a part at least
+        span = tl.cdiv(tl.cdiv(size, units * UNIT), parts) * units * UNIT
+        used = tl.where(audited == 1, 1, tl.cdiv(size, span))
+        if part < used:
+            begin, stop = part * span, tl.minimum(part * span + span, tl.cdiv(size, UNIT) * UNIT)
+            row_ptr, keys_ptr = scores_ptr + row * GROUP * max_len + sinks, weights_ptr + row * max_weights
+            # under way while the log-sum-exp is worked out
+            some = load_scores(row_ptr, begin + tl.arange(0, BLOCK_N), size, max_len, GROUP, BLOCK_G)
+            stats = (audited * num_rows + row) * GROUP * CHUNKS
+            pieces = tl.cdiv(tl.cdiv(sinks + end - window, CHUNK), piece)
+            lse = log_sum_exp(
+                chunk_max_ptr + stats, chunk_sum_ptr + stats, pieces, GROUP, BLOCK_G, CHUNKS, BLOCK_C
+            )
+            if audited == 1:
+                lse_ptr = audit_lse_ptr
+            tl.store(lse_ptr + row * GROUP + offs_g, lse * LN_2, mask=(offs_g < GROUP) & (part == 0))
+            if audited == 0:
+                weigh_part(some, row_ptr, keys_ptr, lse, begin, stop, size, max_len, GROUP, BLOCK_G, BLOCK_N)
+                tl.debug_barrier()  # all threads have stored before one of them reports it
+                if tl.atomic_add(counters_ptr + row, 1) == used - 1:
+                    tl.store(counters_ptr + row, 0)
+                    select_row(
+                        keys_ptr, list_ptr + row * GROUP * max_len, words_ptr + row * 2 * max_words,
+                        idx_ptr + row * capacity, count_ptr + row, GROUP / size.to(tl.float32),
+                        tl.load(budget_ptr + row), tl.load(dilation_ptr + row % num_kv_heads),
+                        first, sinks, window, size, end, max_words, capacity, SAMPLE, LIST, WORDS,
+                    )  # fmt: skip

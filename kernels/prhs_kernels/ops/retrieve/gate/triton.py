@@ -2,7 +2,7 @@
 
 An entry of the work list is `2 * row`, or `2 * row + 1` for an audit. Its header has the next free place, the
 length for later stages and the chunks of a piece of the scan. No stage needs a reset in between: the scan
-hands the length on, and the weighing clears the counter for the next step.
+hands the length on, and the choice clears the counter for the next step.
 
 The decision is a function of the queries in registers: the rotation that makes them takes it with it
 (`ops/rope_append`), and the kernel here reads them. A query is held as its two halves, which RoPE turns.
