@@ -128,7 +128,7 @@ def test_an_audit_of_everything_is_the_dropped_mass(
     done = prhs(*command, "--audit", "auto", "--batch-size", 3, "--json", "--stats")
     figures = lines(done.out)[-1]["sparse"]
     # three sequences of two KV heads; the last batch has one, but the same coin
-    assert figures["batches"] == 2 and figures["audit_probability"] == pytest.approx(0.2 / 6)
+    assert figures["batches"] == 2 and figures["audit_probability"] == pytest.approx(0.1 / 6)
     shown = prhs(*command, "--audit", 1, "--compare", "dense", "--stats")
     assert shown.code == 0 and "dropped mass of this run" in shown.out and "δ = 0.4" in shown.out
     refused = prhs(*command, "--audit", 0.1, "--mode", "released")

@@ -11,17 +11,16 @@ from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.audit.state import AuditTotals
 from prhs_kernels.runtime.audit import Audit
 
-MOST_AUDITED = 0.1  # of the units, however few there are
-BUSY = 0.2  # share of the (step, layer) pairs in which something is scanned
+BUSY = 0.1  # share of the (step, layer) pairs in which something is scanned
 
 
 def affordable_share(rows: int) -> float:
     """Probability of the coin that `auto` means for a batch of `rows` (sequence, KV head) pairs.
 
     A scan costs its latency in a layer where anybody is audited, hardly more where many are. So what decides
-    is in how many (step, layer) pairs anything is scanned: with p = 0.2 / rows in a fifth of them at most.
+    is in how many (step, layer) pairs anything is scanned: with p = 0.1 / rows in a tenth of them at most.
     """
-    return min(MOST_AUDITED, BUSY / rows)
+    return BUSY / rows
 
 
 class Auditor:
