@@ -134,6 +134,17 @@ def test_dense_decode(
         compare(found, stock, exact, sum_of_terms(query, keys, 0.11))
 
 
+def test_fp32_adds_up_little_rounding() -> None:
+    """One query head, random queries and keys; on a GPU a single sum along head_dim was too far off."""
+    query, keys, values, _ = inputs(300, (2, 2), 128, torch.float32)
+    indices = torch.arange(300, device=DEVICE).expand(BATCH, 2, -1)
+    arguments = {"indices": indices, "scale": 128**-0.5}
+    found = sparse_decode(query, keys, values, **arguments, backend="triton")
+    stock = sparse_decode(query, keys, values, **arguments, backend="reference")
+    exact = sparse_decode(*(t.double() for t in (query, keys, values)), **arguments, backend="reference")
+    compare(found, stock, exact, sum_of_terms(query, keys, 128**-0.5))
+
+
 @pytest.mark.parametrize("splits", [1, 2, 17, 40])
 @pytest.mark.parametrize("head_dim", [80, 256])
 def test_merge_state(splits: int, head_dim: int) -> None:

@@ -49,9 +49,23 @@ def load_rows(base_ptr, slots, valid, stride, HEAD_DIM: tl.constexpr, BLOCK_D: t
 
 
 @triton.jit
+def multiply(q, k, PRECISION: tl.constexpr):
+    """Q K^T; for head_dim 128 in fp32 in two sums, of even and of odd columns, or rounding would add up along
+    all of it; `fma`, since a plain addition would be folded back into one accumulator."""
+    if PRECISION == "ieee" and q.shape[1] == 128:
+        q0, q1 = tl.split(tl.reshape(q, (q.shape[0], 64, 2)))
+        k0, k1 = tl.split(tl.reshape(k, (k.shape[0], 64, 2)))
+        scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+        scores = tl.fma(tl.dot(q1, tl.trans(k1), input_precision=PRECISION), 1.0, scores)
+    else:
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
 def attend_tile(q, k, v, valid, best, total, acc, scale_log2, PRECISION: tl.constexpr):
     """One step of the running softmax, base 2: best and total `[BLOCK_G]`, acc `[BLOCK_G, BLOCK_D]`."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    scores = multiply(q, k, PRECISION) * scale_log2
     scores = tl.where(valid[None, :], scores, float("-inf"))
     higher = tl.maximum(best, tl.max(scores, axis=1))
     base = tl.where(higher > float("-inf"), higher, 0.0)  # -inf - -inf would be NaN
