@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 CONTEXT = 32768
 APPLIES = {
-    "operator": ("kept", "retrieval", "bundle", "tune"),
+    "operator": ("kept", "retrieval", "key_copies", "bundle", "tune"),
     "decode": ("kept", "retrieval", "key_copies", "bundle"),
     "prefill": ("fractions",),
 }
@@ -72,7 +72,7 @@ class Request:
         if self.bundle is not None:
             found = self._calibrated()
             kept, ratios = kept or (found.kept,), ratios or (found.retrieval_ratio,)
-            copies = copies or ((found.key_copy,) if "key_copies" in APPLIES[self.what] else None)
+            copies = copies or (found.key_copy,)
         asked: dict[str, Any] = {
             "shapes": self.shapes, "batches": self.batches, "contexts": self.contexts, "kept": kept
         }  # fmt: skip

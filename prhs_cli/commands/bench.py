@@ -68,7 +68,7 @@ def command(
         typer.Option(
             "--key-copy",
             metavar="A,B,…",
-            help="Decode: what retrievals scan: exact, int8, fp8, int4.",
+            help="What retrievals scan: exact, int8, fp8, int4.",
             show_default=False,
         ),
     ] = None,

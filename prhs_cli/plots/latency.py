@@ -104,7 +104,7 @@ def lines(rows: list[Row]) -> Iterator[tuple[Look, list[Row]]]:
     ratios: dict[tuple[float, str], list[Row]] = {}
     for row in sparse:
         label = f"{row['case']}, {row['problem']['kept']} kept" if many else row["case"]
-        ratios.setdefault((float(row["case"].rpartition("= ")[2]), label), []).append(row)
+        ratios.setdefault((float(row["case"].rpartition("= ")[2].partition(",")[0]), label), []).append(row)
     for key, look in zip(sorted(ratios), cycle(RATIOS), strict=False):
         yield Look(key[1], *look), ratios[key]
 

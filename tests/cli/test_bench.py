@@ -146,7 +146,7 @@ def test_dry_run(prhs: Prhs, monkeypatch: pytest.MonkeyPatch, own_data_folder: P
         (["--fractions", "0.5"], 2, "no meaning in prhs bench operator"),
         (["--retrieval", "-1"], 2, "such as 0,1/16,1"),
         (["--dtype", "int3"], 2, "not one of auto"),
-        (["--key-copy", "int4"], 2, "--key-copy has no meaning in prhs bench operator"),
+        (["--key-copy", "int3"], 2, "choose from exact, int8, fp8, int4"),
         (["--bundle", "/absent.safetensors"], 3, "/absent.safetensors"),
     ],
 )
@@ -160,9 +160,9 @@ def test_bad_input_is_said_also_where_there_is_no_gpu(
         assert done.code == code and words in done.error
 
 
-def test_an_unknown_key_copy(prhs: Prhs) -> None:
-    done = prhs("bench", "decode", "--dry-run", "--key-copy", "int3")
-    assert done.code == 2 and "choose from exact, int8, fp8, int4" in done.error
+def test_prefill_scans_nothing(prhs: Prhs) -> None:
+    done = prhs("bench", "prefill", "--dry-run", "--key-copy", "int4")
+    assert done.code == 2 and "--key-copy has no meaning in prhs bench prefill" in done.error
 
 
 def test_other_result_is_not_overwritten(prhs: Prhs, benchmark: Benchmark, tmp_path: Path) -> None:
@@ -232,22 +232,26 @@ def toy_run(what: str, path: Path, *more: str) -> subprocess.CompletedProcess[st
 def test_operator_at_toy_size(tmp_path: Path) -> None:
     """Run twice, it measures once."""
     path = tmp_path / "r.json"
-    done = toy_run("operator", path)
+    copies = ("--key-copy", "exact,int4")
+    done = toy_run("operator", path, *copies)
     assert "trial at toy size" in done.stderr and "sparse_decode + merge" in done.stdout
     changed = stored(path)
     data = changed["data"]
     assert data["complete"] and all(each["status"] == "ok" and each["timing"] for each in data["rows"])
     assert {"layer, ρ = 0", "layer, ρ = 1", "scan", "dense_decode"} <= {each["case"] for each in data["rows"]}
     ratios = [each["values"]["retrieval_ratio"] for each in data["rows"] if each["kind"] == "layer"]
-    assert ratios == [0, 1]
-    shares, retrieves = (each for each in data["rows"] if each["kind"] == "layer")
+    assert ratios == [0, 1, 1]
+    shares, retrieves, copied = (each for each in data["rows"] if each["kind"] == "layer")
     # 2 rows: sets of as many positions as were kept, indices with them; 96 keys and scores in a scan
     moved = 2 * shares["values"]["mean_kept"] * (2 * 64 * 2 + 4)
     assert shares["num_bytes"] == int(moved)
     assert retrieves["num_bytes"] == int(moved) + 2 * 96 * (64 * 2 + 4)
+    moved = 2 * copied["values"]["mean_kept"] * (2 * 64 * 2 + 4)
+    assert copied["num_bytes"] == int(moved) + 2 * 96 * (32 + 4 + 4)  # codes, their scale, a score
+    assert "rope_append with the gate + layer, ρ = 0" in {each["case"] for each in data["rows"]}
     del data["rows"][0]
     path.write_text(json.dumps(changed))
-    assert "rows are done" in toy_run("operator", path).stderr
+    assert "rows are done" in toy_run("operator", path, *copies).stderr
     again = {each["key"]: each["timing"] for each in stored(path)["data"]["rows"]}
     assert len(again) == len(data["rows"]) + 1
     assert all(again[each["key"]] == each["timing"] for each in data["rows"])

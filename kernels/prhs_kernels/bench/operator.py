@@ -17,6 +17,7 @@ from prhs_kernels.bench.report import derive, tables
 from prhs_kernels.bench.retrieval_cases import layer_cases, stage_cases, tuning_cases
 from prhs_kernels.bench.session import Record, Session, free_bytes
 from prhs_kernels.bench.shapes import TOY, Point, check_ratios, find
+from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 
 __all__ = ["RATIOS", "Plan", "cost", "default_points", "derive", "measure", "tables", "toy_points"]
 
@@ -28,11 +29,13 @@ Group = Callable[[Inputs], Iterator[Case]]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to measure: every point with every retrieval ratio. `tune`: other launch shapes as well."""
+    """What to measure: every point with every retrieval ratio and kind of scanned keys. `tune`: other launch
+    shapes as well."""
 
     points: tuple[Point, ...]
     ratios: tuple[float, ...]
     tune: bool = False
+    key_copies: tuple[KeyCopyKind, ...] = (KeyCopyKind.EXACT,)
 
     def __post_init__(self) -> None:
         check_ratios(self.ratios)
@@ -64,7 +67,7 @@ def passes(plan: Plan) -> list[Group]:
     def main(inputs: Inputs) -> Iterator[Case]:
         yield from sparse_cases(inputs)
         yield from dense_cases(inputs)
-        yield from layer_cases(inputs, plan.ratios)
+        yield from layer_cases(inputs, plan.ratios, plan.key_copies)
         yield from stage_cases(inputs)
 
     return [main, peer_cases, slow_to_start_cases, *([tuning_cases] if plan.tune else [])]

@@ -18,11 +18,13 @@ from prhs_kernels.ops.retrieve.config import ChooseConfig, ScanConfig, choose_co
 from prhs_kernels.ops.retrieve.key_copy import KeyCopy, KeyCopyKind
 from prhs_kernels.ops.retrieve.state import (
     Decision,
+    GateInputs,
     RetrievalRule,
     RetrievalScratch,
     RetrievalState,
     capacity_for,
 )
+from prhs_kernels.ops.rope_append.api import rope_append
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.params import Gate
 from prhs_kernels.testing.tolerances import tolerance
@@ -33,11 +35,13 @@ class Retrieval:
 
     A row shares while the cosine with the query of its last retrieval is above 1/2. The sharing rows get the
     same query in every copy, the others random ones: gate, work list and append run as in a decode step.
+    `kind`: the keys that are scanned.
     """
 
-    def __init__(self, inputs: Inputs, ratio: float) -> None:
+    def __init__(self, inputs: Inputs, ratio: float, kind: KeyCopyKind = KeyCopyKind.EXACT) -> None:
         p, device = inputs.problem, inputs.device
         self.inputs, self.wanted = inputs, round(ratio * p.rows)
+        self.kind, self.copies = kind, key_copies(inputs, kind)
 
         def per_head(value: float, dtype: torch.dtype) -> torch.Tensor:
             return torch.full((p.num_kv_heads,), value, dtype=dtype, device=device)
@@ -68,16 +72,36 @@ class Retrieval:
         _, keys, values = self.inputs.kv(i)
         return self.queries[i % len(self.queries)], keys, values
 
-    def step(self, i: int) -> None:
+    def step(self, i: int, gated: bool = False) -> None:
         query, keys, _ = self.qkv(i)
         retrieve(
             query, keys, spans=self.inputs.spans, budget=self.budget, rule=self.rule, state=self.state,
-            scale=self.inputs.scale, scratch=self.scratch, backend="triton",
+            scale=self.inputs.scale, scratch=self.scratch, key_copy=self.copies[i % len(self.copies)],
+            gated=gated, backend="triton",
         )  # fmt: skip
 
-    def layer(self, i: int) -> torch.Tensor:
-        """Retrieval and attention, as a decode step runs them."""
-        self.step(i)
+    @functools.cached_property
+    def projected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A fused projection that holds the queries of the first call, angles of 0, and the last slot."""
+        p, device = self.inputs.problem, self.inputs.device
+        query, keys, values = self.qkv(0)
+        qkv = torch.cat([query, keys[:, :, -1:], values[:, :, -1:]], dim=1).flatten(1)
+        cos = torch.ones(p.batch, p.head_dim // 2, dtype=query.dtype, device=device)
+        slots = torch.full((p.batch,), p.n - 1, dtype=torch.int32, device=device)
+        return qkv, cos, torch.zeros_like(cos), slots
+
+    def rotate(self, i: int, gate: bool) -> None:
+        """`rope_append` on the buffers of a call, with the gate in it or without."""
+        qkv, cos, sin, slots = self.projected
+        _, keys, values = self.qkv(i)
+        decides = GateInputs(self.inputs.spans, self.budget, self.rule, self.state, self.scratch)
+        rope_append(
+            qkv, keys, values, cos=cos, sin=sin, slots=slots, gate=decides if gate else None, backend="triton"
+        )
+
+    def layer(self, i: int, gated: bool = False) -> torch.Tensor:
+        """Retrieval and attention, as a decode step runs them; gated: behind `rotate`, which has decided."""
+        self.step(i, gated)
         output, _ = sparse_decode(
             *self.qkv(i), self.state.indices, count=self.state.count, spans=self.inputs.spans,
             scale=self.inputs.scale, mean_kept=self.inputs.problem.kept, backend="triton",
@@ -96,7 +120,7 @@ class Retrieval:
         """What the row says besides its time."""
         p, item = self.inputs.problem, self.inputs.item
         kept, ratio = float(self.counts.double().mean()), self.retrieved() / p.rows
-        moved = p.rows * kept * (2 * p.head_dim * item + 4) + ratio * scan_bytes(self.inputs)
+        moved = p.rows * kept * (2 * p.head_dim * item + 4) + ratio * scan_bytes(self.inputs, self.kind)
         return {"retrieval_ratio": ratio, "mean_kept": kept, "num_bytes": moved}
 
     def fill_work_list(self) -> None:
@@ -134,7 +158,8 @@ class Retrieval:
 
     def check_layer(self) -> None:
         """Attention over the sets of the second step, and that as many rows retrieved as were meant to."""
-        self.check()
+        if self.kind == KeyCopyKind.EXACT:
+            self.check()
         output = self.layer(1)
         assert self.retrieved() == self.wanted, f"{self.retrieved()} rows retrieved instead of {self.wanted}"
         wanted = self.inputs.sparse_outputs(self.qkv(1), self.state.indices, self.state.count)
@@ -147,31 +172,67 @@ def spread(rows: int, wanted: int) -> torch.Tensor:
     return (torch.arange(rows + 1) * wanted // rows).diff() > 0
 
 
-def scan_bytes(inputs: Inputs) -> int:
+def scan_bytes(inputs: Inputs, kind: KeyCopyKind = KeyCopyKind.EXACT) -> int:
     """Byte floor of a scan of every row: the keys, and a score per position."""
     p = inputs.problem
-    return p.rows * p.n * (p.head_dim * inputs.item + 4)
+    return p.rows * p.n * (kind.scan_bytes(p.head_dim, inputs.item) + 4)
 
 
-def layer_cases(inputs: Inputs, ratios: Sequence[float]) -> Iterator[Case]:
-    """Whole steps of a layer, retrieval included, where this share of the rows retrieves."""
+def layer_cases(inputs: Inputs, ratios: Sequence[float], kinds: Sequence[KeyCopyKind]) -> Iterator[Case]:
+    """Whole steps of a layer, retrieval included, where this share of the rows retrieves from these keys.
+
+    Where nobody retrieves one kind is enough, and the step is timed behind `rope_append` as well, which then
+    has the gate in it, as in a decode step.
+    """
     p = inputs.problem
     attention = p.rows * p.kept * (2 * p.head_dim * inputs.item + 4)
     for ratio in ratios:
         share = round(ratio * p.rows) / p.rows
-        yield _layer_case(inputs, share, attention + int(share * scan_bytes(inputs)))
+        for kind in kinds if share else kinds[:1]:
+            num_bytes = attention + int(share * scan_bytes(inputs, kind))
+            yield _layer_case(inputs, share, kind, num_bytes)
+    if 0 in ratios:
+        yield from _rotated_cases(inputs, attention)
 
 
-def _layer_case(inputs: Inputs, ratio: float, num_bytes: int) -> Case:
-    made = functools.cache(functools.partial(Retrieval, inputs, ratio))
+def _layer_case(inputs: Inputs, ratio: float, kind: KeyCopyKind, num_bytes: int) -> Case:
+    made = functools.cache(functools.partial(Retrieval, inputs, ratio, kind))
 
     def prepare() -> Calls:
         made().check_layer()
         return inputs.rotate(made().layer)
 
-    name = f"layer, ρ = {ratio:.3g}"
+    name = f"layer, ρ = {ratio:.3g}" + (f", {kind.value} keys" if kind != KeyCopyKind.EXACT else "")
     restore, values = (lambda: made().restore()), (lambda: made().values())
     return Case(name, "layer", num_bytes, prepare, before=restore, values=values)
+
+
+def _rotated_cases(inputs: Inputs, attention: int) -> Iterator[Case]:
+    """`rope_append` alone, and with the gate in it and the layer behind it, every row sharing."""
+    p = inputs.problem
+    rows = p.batch * (p.num_qo_heads + 2 * p.num_kv_heads) * p.head_dim * inputs.item
+    made = functools.cache(functools.partial(Retrieval, inputs, 0.0))
+
+    def alone() -> Calls:
+        return inputs.rotate(functools.partial(made().rotate, gate=False))
+
+    def both(i: int) -> torch.Tensor:
+        made().rotate(i, gate=True)
+        return made().layer(i, gated=True)
+
+    def behind() -> Calls:
+        both(0)  # the last slot's key is another one now
+        output = both(1)
+        assert not made().retrieved(), f"{made().retrieved()} rows retrieved, all were meant to share"
+        query, keys, values = made().qkv(1)
+        wanted = inputs.sparse_outputs((query, keys, values), made().state.indices, made().state.count)
+        inputs.check(output, wanted)
+        made().restore()
+        return inputs.rotate(both)
+
+    yield Case("rope_append", "stage", 2 * rows, alone)
+    name = "rope_append with the gate + layer, ρ = 0"
+    yield Case(name, "stage", 2 * rows + attention, behind, before=lambda: made().restore())
 
 
 def stage_cases(inputs: Inputs) -> Iterator[Case]:
