@@ -230,8 +230,8 @@ def select_row(
     expected = k.to(tl.float32) / stride
     margin = tl.where(stride > 1, 3.5 * tl.sqrt(expected) + 2.0, 0.0)  # of a binomial count
     guess = (mean * 2.0).to(tl.int32, bitcast=True)
-    listed, floor = -1 + 0 * k, 0 * k
-    while listed < k:
+    listed, floor = -1 + 0 * k, 1 + 0 * k
+    while (listed < k) & (floor > 0):  # from 0 on there are enough, unless they are no numbers
         wanted = tl.ceil(expected + margin).to(tl.int32)
         floor = bound(sample, wanted, wanted // 8, guess)
         listed = list_above(keys_ptr, list_ptr, words_ptr, floor, size, max_words, WORDS)
