@@ -24,7 +24,7 @@ MASKED = Look("masked sdpa as gpt-fast", "#777777", "x", "-")
 ATTENTION = Look("attention over given sets", "#4c9a6a", "D", "-.", size=3.5)
 RATIOS = (
     ("#123c86", "o", "-"), ("#3f78c9", "v", "--"), ("#b83b55", "^", "-."), ("#dda32f", "P", "--"),
-    ("#7a4fa3", "<", "-"), ("#9a6b3f", ">", "-."),
+    ("#7a4fa3", "<", "-"), ("#9a6b3f", ">", "-."), ("#2a9d9d", "s", ":"), ("#d46fb0", "h", "--"),
 )  # fmt: skip
 Row = dict[str, Any]
 
