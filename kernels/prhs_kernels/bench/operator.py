@@ -14,9 +14,10 @@ from prhs_kernels.bench.cases import Case, Inputs, Problem, Row, run, sparse_cas
 from prhs_kernels.bench.dense_cases import dense_cases, slow_to_start_cases
 from prhs_kernels.bench.peers import peer_cases
 from prhs_kernels.bench.report import derive, tables
-from prhs_kernels.bench.retrieval_cases import layer_cases, stage_cases, tuning_cases
+from prhs_kernels.bench.retrieval_cases import layer_cases, stage_cases
 from prhs_kernels.bench.session import Record, Session, free_bytes
 from prhs_kernels.bench.shapes import TOY, Point, check_ratios, find
+from prhs_kernels.bench.tuning_cases import tuning_cases
 from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 
 __all__ = ["RATIOS", "Plan", "cost", "default_points", "derive", "measure", "tables", "toy_points"]
