@@ -47,7 +47,8 @@ def scan_registers(copy: str, dtype: torch.dtype) -> int | None:
 def choose_config(n: int, group: int, device: torch.device) -> ChooseConfig:
     """For caches of up to n slots: one program of 16 warps on an SM, four of 4 where rows are short."""
     heads = next_power_of_2(group)  # about sixteen scores per thread
-    if n <= 4096:
-        return ChooseConfig(max(256, 2048 // heads), 512, 512, 4, 4 * num_sms(device))
+    if n <= 4096:  # a list of a quarter of the row fits
+        listed = 512 if n <= 2048 else 1024
+        return ChooseConfig(max(256, 2048 // heads), listed, listed, 4, 4 * num_sms(device))
     sample = 2048 if n <= 131072 else 4096
     return ChooseConfig(max(512, min(2048, 8192 // heads)), sample, 2048, 16, num_sms(device))
