@@ -12,7 +12,7 @@ from prhs_kernels.errors import ResourceError, UsageError
 from prhs_kernels.ops.window_prefill import api, reference
 from prhs_kernels.ops.window_prefill.api import window_prefill
 from prhs_kernels.params import DepthParams, SelectorParams
-from prhs_kernels.runtime import attention
+from prhs_kernels.runtime import prompt_attention
 from prhs_kernels.runtime.attach import sparse_attention
 from prhs_kernels.runtime.engine import DecodeEngine
 from prhs_kernels.selectors.base import Rows, candidates
@@ -155,7 +155,7 @@ def test_the_backend_of_a_run_is_that_of_its_prefill(monkeypatch: pytest.MonkeyP
         asked.append(numbers["backend"])
         return window_prefill(*tensors, **numbers)
 
-    monkeypatch.setattr(attention, "window_prefill", spy)
+    monkeypatch.setattr(prompt_attention, "window_prefill", spy)
     model = tiny_model("llama")
     params = selector_params(model.config, depth=DepthParams(0, 0.5))
     ids = torch.tensor([random_tokens(20)])
