@@ -23,7 +23,10 @@ def prefill(
 ) -> tuple[torch.Tensor, PrhsCache]:
     """Logits `[batch, vocabulary]` of the last tokens of left-padded prompts, and the cache to read from.
 
-    ids, mask: `[batch, tokens]` on the model's device; the mask is 0 on padding and 1 on tokens.
+    ids, mask: `[batch, tokens]` int64 on the model's device; the mask is 0 on padding and 1 on tokens.
+
+    Raises:
+        UnsupportedModelError, InputError, UsageError: see `sparse_attention`.
     """
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
     with sparse_attention(model, params) as cache:

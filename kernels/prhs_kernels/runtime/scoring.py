@@ -140,10 +140,10 @@ class PreparedScorer:
         check_selector(params, selector)
         if _prefill_settings(params) != _prefill_settings(cache.params):
             raise UsageError("depth and layer parameters differ from those of the prefill; prepare again")
-        cache.rewind(scorer.prefill_length)
         on_engine = observer is None and selector is None and scorer.backend == "triton"
         if on_engine and engine_unsupported(scorer.model, params, "triton") is None:
             return self.run_on_engine(params, "triton")
+        cache.rewind(scorer.prefill_length)
         cache.params, cache.treat_as_decode, scorer._observer = params, True, observer
         cache.selector = selector
         try:

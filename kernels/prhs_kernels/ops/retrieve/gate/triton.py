@@ -178,7 +178,7 @@ def gate_kernel(
     batch, head = row // num_kv_heads, row % num_kv_heads
     offs_g, offs = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H)
     inside = (offs_g < GROUP)[:, None] & (offs < HEAD_DIM // 2)[None, :]
-    if known[6] == 2:
+    if known[6] == 2:  # the gate compares queries before RoPE
         ptrs = q_pre_ptr + batch * stride_pb + (head * GROUP + offs_g[:, None]) * stride_ph
         low, high = load_halves(ptrs + offs[None, :], inside, HEAD_DIM // 2)
     else:
