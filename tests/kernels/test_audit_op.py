@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from prhs_kernels.errors import UsageError
-from prhs_kernels.ops.audit.api import count_dropped
-from prhs_kernels.ops.audit.reference import draw_coins, philox
-from prhs_kernels.ops.audit.state import LayerAudit
+from prhs_kernels.ops.audit.api import count_dropped, draw_coins
+from prhs_kernels.ops.audit.reference import philox
+from prhs_kernels.ops.audit.state import StepAudit
 from prhs_kernels.ops.retrieve.state import Decision, RetrievalState
 
 
@@ -20,14 +20,13 @@ def test_philox_gives_the_published_numbers() -> None:
 
 
 def test_coins_fall_as_often_as_they_should_and_differ_between_steps_and_layers() -> None:
-    first, second = (LayerAudit.allocate(0.2, seed, 8, 16, 4, "cpu") for seed in (3, 4))
-    drawn = []
-    for audit in (first, second):
-        rows = []
-        for step in range(200):
-            audit.step.fill_(step)
-            rows.append(draw_coins(audit).flatten())
-        drawn.append(torch.stack(rows))
+    audit = StepAudit.allocate(0.2, [3, 4], 8, 16, 4, "cpu")
+    rows = []
+    for step in range(200):
+        audit.step.fill_(step)
+        draw_coins(audit)
+        rows.append(audit.coin.flatten(1) == 1)
+    drawn = list(torch.stack(rows, dim=1))
     for coins in drawn:
         expected, deviation = 0.2 * coins.numel(), math.sqrt(0.16 * coins.numel())
         assert abs(int(coins.sum()) - expected) < 5 * deviation
@@ -39,26 +38,31 @@ def test_coins_fall_as_often_as_they_should_and_differ_between_steps_and_layers(
 
 @pytest.mark.parametrize(("probability", "falls"), [(0.0, False), (1.0, True)])
 def test_never_and_always(probability: float, falls: bool) -> None:
-    audit = LayerAudit.allocate(probability, 0, 4, 64, 1, "cpu")
-    assert bool((draw_coins(audit) == falls).all())
+    audit = StepAudit.allocate(probability, [0], 4, 64, 1, "cpu")
+    draw_coins(audit)
+    assert bool((audit.coin == falls).all())
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_dropped_mass_of_every_kind_of_unit(exact: bool) -> None:
-    """Four heads: shares without a coin, shares with one, retrieves (with a coin under a copy), keeps all."""
-    state = RetrievalState.allocate(1, 4, 2, 8, 4, torch.float32, "cpu")
-    state.decision.copy_(
-        torch.tensor([[Decision.SHARE, Decision.SHARE, Decision.RETRIEVE, Decision.KEEP_ALL]])
-    )
-    audit = LayerAudit.allocate(0.5, 0, 1, 4, 2, "cpu")
-    audit.coin.copy_(torch.tensor([[0, 1, 0 if exact else 1, 0]]))
+    """Four heads: shares without a coin, shares with one, retrieves (with a coin), keeps all (with one).
+
+    In a second layer everything is kept.
+    """
+    state = RetrievalState.allocate(2, 4, 2, 8, 4, torch.float32, "cpu")
+    state.decision.fill_(Decision.KEEP_ALL)
+    state.decision[0, :3] = torch.tensor([Decision.SHARE, Decision.SHARE, Decision.RETRIEVE])
+    audit = StepAudit.allocate(0.5, [0, 1], 1, 4, 2, "cpu")
+    audit.coin.copy_(torch.tensor([0, 1, 1, 1]))
     whole = torch.tensor([2.0, 3.0])
-    audit.lse.copy_(whole.expand(1, 4, 2))
-    state.lse.copy_(whole.expand(1, 4, 2) if exact else torch.full((1, 4, 2), torch.nan))
+    audit.lse.copy_(whole)
+    state.lse.copy_(whole if exact else torch.tensor(torch.nan))
     share = torch.tensor([[0.5, 0.75], [0.9, 0.8], [0.6, 1.0], [1.0, 1.0]])  # of the mass that is kept
-    kept = (whole + share.log()).reshape(1, 8, 1)
+    kept = (whole + share.log()).reshape(1, 1, 8, 1).expand(2, -1, -1, -1)
     for _ in range(3):
         count_dropped(kept, state, audit, exact=exact)
+    assert audit.units[1].tolist() == [12, 0, 0] and not audit.sums[1].any()
+    audit.units[1] = 0
     totals = audit.totals()
     audited, retrieved = 3 * 0.15, 3 * 0.2
     if exact:
@@ -73,4 +77,4 @@ def test_dropped_mass_of_every_kind_of_unit(exact: bool) -> None:
 
 def test_a_probability_is_one() -> None:
     with pytest.raises(UsageError, match="audit probability = 1.5 must be between 0 and 1"):
-        LayerAudit.allocate(1.5, 0, 1, 1, 1, "cpu")
+        StepAudit.allocate(1.5, [0], 1, 1, 1, "cpu")

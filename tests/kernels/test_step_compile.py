@@ -33,7 +33,7 @@ TYPES = {
     **{f"{name}_ptr": "*fp64" for name in ("fraction", "ratio", "totals")},
     **{f"{name}_ptr": "*fp32" for name in ("tau", "row_scale")},
     "data_ptr": "*u8",
-    "step_ptr": "*i64",
+    **{f"{name}_ptr": "*i64" for name in ("step", "seeds")},
     "alive_ptr": "*i1",
     "eps": "fp32",
 }
@@ -79,6 +79,7 @@ KERNELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, int
         "next_token", "next_token_kernel", {"COUNTS": True, "BLOCK_P": 64, "BLOCK_S": 4},
         {"best_ptr": "*fp32", "token_ptr": "*i64", "drawn_ptr": "*i64", "stop_ptr": "*i64"}, {"num_warps": 1},
     ),
+    "draw_coins": ("audit", "draw_coins_kernel", {"BLOCK": 128}, {}, {"num_warps": 1}),
     "step_plan": ("step_plan", "step_plan_kernel", {"BLOCK_H": 8}, {}, {"num_warps": 1}),
     "step_count": ("step_count", "step_count_kernel", {"HAS_SETS": True, "BLOCK_H": 8}, {}, {"num_warps": 1}),
 }  # fmt: skip

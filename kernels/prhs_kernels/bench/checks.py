@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from prhs_kernels.ops.audit.api import count_dropped
-from prhs_kernels.ops.audit.state import LayerAudit
+from prhs_kernels.ops.audit.api import count_dropped, draw_coins
+from prhs_kernels.ops.audit.state import StepAudit
 from prhs_kernels.ops.backend import Backend
 from prhs_kernels.ops.dense_decode.api import dense_decode
 from prhs_kernels.ops.merge_state.api import merge_state
@@ -208,16 +208,17 @@ def _same_steps(
     )
     group, head_dim = query.shape[1] // 2, query.shape[-1]
     found = RetrievalState.allocate(3, 2, group, head_dim, length + 64, query.dtype, device)
-    audit = LayerAudit.allocate(0.5, length, 3, 2, group, device)
+    audit = StepAudit.allocate(0.5, [length], 3, 2, group, device)
     wanted, wanted_audit = copy.deepcopy((found, audit))
     copies = (None, None) if kind is None else _copies(kind, keys)
-    both: tuple[tuple[RetrievalState, LayerAudit, KeyCopy | None, Backend], ...]
+    both: tuple[tuple[RetrievalState, StepAudit, KeyCopy | None, Backend], ...]
     both = ((found, audit, copies[0], "triton"), (wanted, wanted_audit, copies[1], "reference"))
     for _ in range(3):
         for state, coins, key_copy, backend in both:
+            draw_coins(coins, backend=backend)
             retrieve(
                 query, keys, spans=spans, budget=count, rule=rule, state=state, scale=1.0, key_copy=key_copy,
-                audit=coins, backend=backend,
+                audit=coins.layer(0), backend=backend,
             )  # fmt: skip
             kept = sparse_decode(
                 query,
@@ -229,7 +230,7 @@ def _same_steps(
                 scale=1.0,
                 backend="reference",
             )[1]
-            count_dropped(kept, state, coins, exact=kind is None, backend=backend)
+            count_dropped(kept[None], state, coins, exact=kind is None, backend=backend)
             coins.step.add_(1)
         behind = torch.arange(length + 64, device=device) >= wanted.count.unsqueeze(-1)
         for name in ("decision", "count", "anchor_slot"):

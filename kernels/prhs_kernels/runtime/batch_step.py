@@ -64,6 +64,7 @@ class BatchStep:
         """The step: device work only, so that it can be captured."""
         now, plan = self.progress, self.plan()
         self.counter.begin()
+        self.sets.begin()
         if (audit := self.sets.window_audit) is not None:
             audit.begin(plan)
         attend = self.attention or self._attend
@@ -74,7 +75,7 @@ class BatchStep:
         if audit is not None:
             counts = {layer: state.count for layer, state in self.sets.states.items()}
             audit.end(plan, counts, now.alive)
-        self.sets.advance()
+        self.sets.end(now.alive)
         now.draw(logits, self.backend, steps=True)
 
     def scale(self, layer: int) -> float:
@@ -85,8 +86,8 @@ class BatchStep:
         self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, key: torch.Tensor, plan: StepPlan
     ) -> torch.Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        scale, alive = self.scale(layer), self.progress.alive
-        output, lse = self.sets.attend(layer, query, query_pre, key, keys, values, plan, alive, scale)
+        scale = self.scale(layer)
+        output, lse = self.sets.attend(layer, query, query_pre, key, keys, values, plan, scale)
         if self.sets.window_audit is not None:
             self.sets.window_audit.record(layer, query, keys, values, lse, scale)
         return output
@@ -99,7 +100,6 @@ class BatchStep:
         """The mass dropped so far, if there is a coin; waits for the device."""
         if self._coin is None:
             return None
-        found = [audit.totals() for audit in self.sets.audits.values()]
-        if self.sets.window_audit is not None:
-            found.append(self.sets.window_audit.totals())
+        audits = [self.sets.audited, self.sets.window_audit]
+        found = [audit.totals() for audit in audits if audit is not None]
         return totals(found, self.counter.units_without(self.sets), self._coin.probability)

@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
-from prhs_kernels.ops.audit.api import count_dropped
-from prhs_kernels.ops.audit.state import LayerAudit
+from prhs_kernels.ops.audit.api import count_dropped, draw_coins
+from prhs_kernels.ops.audit.state import LayerAudit, StepAudit
 from prhs_kernels.ops.backend import Backend
 from prhs_kernels.ops.dense_decode.api import dense_decode
 from prhs_kernels.ops.retrieve.api import retrieve
@@ -63,10 +63,10 @@ class AuditCoin:
     seed: int
     step: torch.Tensor
 
-    def for_layer(self, layer: int, batch: int, heads: int, group: int, device: torch.device) -> LayerAudit:
-        """Totals of a layer, with a seed of its own: layers draw independently."""
-        seed = self.seed + layer
-        return LayerAudit.allocate(self.probability, seed, batch, heads, group, device, self.step)
+    def for_layers(self, layers: list[int], batch: int, heads: int, group: int) -> StepAudit:
+        """Coins and totals of layers, each with a seed of its own: they draw independently."""
+        seeds, device = [self.seed + layer for layer in layers], self.step.device
+        return StepAudit.allocate(self.probability, seeds, batch, heads, group, device, self.step)
 
 
 class IndexSets:
@@ -74,7 +74,8 @@ class IndexSets:
 
     stacked: one state for all of them, its leading axis is layer and sequence, so that a step is counted at
     once; states: views of it by layer. rules: their CIS parameters by layer. copies: low-bit keys by layer,
-    where retrievals scan such; audits: coins and what was found, by layer. None and empty without any.
+    where retrievals scan such. audited: coins of the layers whose retrievals see all that dense attention
+    sees, and what was found; audits: views of it by layer. None and empty without any.
     """
 
     def __init__(
@@ -83,7 +84,9 @@ class IndexSets:
     ) -> None:  # fmt: skip
         self.backend: Backend = backend
         self.copies: dict[int, KeyCopy] = {}
+        self.audited: StepAudit | None = None
         self.audits: dict[int, LayerAudit] = {}
+        self._lse: list[torch.Tensor] = []  # of a step, by audited layer
         self.window_audit: WindowAudit | None = None
         self._coin = audit
         hidden = windowed_layers(params)
@@ -111,8 +114,11 @@ class IndexSets:
             self._mean_kept[layer] = (
                 sum(set_sizes(params, layer, windows[layer], max_len, grown=False)) // heads
             )
-            if audit is not None and layer not in hidden:
-                self.audits[layer] = audit.for_layer(layer, batch, heads, group, device)
+        seeing = [layer for layer in layers if layer not in hidden]
+        assert seeing == layers[: len(seeing)], "windows begin at a layer and go on to the last"
+        if audit is not None and seeing:
+            self.audited = audit.for_layers(seeing, batch, heads, group)
+            self.audits = {layer: self.audited.layer(place) for place, layer in enumerate(seeing)}
         if backend == "triton":
             self._scratch = RetrievalScratch.allocate(batch, heads, group, max_len, device)
 
@@ -145,9 +151,30 @@ class IndexSets:
             self.audits.get(layer),
         )
 
+    def begin(self) -> None:
+        """Before the layers of a step: toss the audits' coins."""
+        self._lse.clear()
+        if self.audited is not None:
+            draw_coins(self.audited, backend=self.backend)
+
+    def end(self, alive: torch.Tensor) -> None:
+        """After the layers of a step: count what it dropped; the next one draws other coins.
+
+        alive: `[batch]` bool, sequences that count.
+        """
+        if self.audited is not None:
+            assert self.stacked is not None
+            state = _part(self.stacked, slice(0, len(self._lse) * self._batch))
+            exact = self._params.key_copy == KeyCopyKind.EXACT
+            # the log-sum-exps were kept until here, so that nothing else lies in their memory in a graph
+            lse = torch.stack(self._lse).float()
+            count_dropped(lse, state, self.audited, exact=exact, alive=alive, backend=self.backend)
+        if self._coin is not None:
+            self._coin.step.add_(1)
+
     def attend(
         self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, key: torch.Tensor,
-        keys: torch.Tensor, values: torch.Tensor, plan: StepPlan, alive: torch.Tensor, scale: float,
+        keys: torch.Tensor, values: torch.Tensor, plan: StepPlan, scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Bring a layer's sets up to date and attend to them; shapes as in `retrieve` and `sparse_decode`.
 
@@ -183,7 +210,7 @@ class IndexSets:
             backend=self.backend,
         )  # fmt: skip
         if audit is not None:
-            count_dropped(lse.float(), state, audit, exact=copy is None, alive=alive, backend=self.backend)
+            self._lse.append(lse)
         return output, lse
 
     def reset(self) -> None:
@@ -192,14 +219,8 @@ class IndexSets:
             self.stacked.reset()
         if self.window_audit is not None:
             self.window_audit.reset()
-        for audit in self.audits.values():
-            audit.sums.zero_()
-            audit.units.zero_()
-
-    def advance(self) -> None:
-        """After a step: the next one draws other coins."""
-        if self._coin is not None:
-            self._coin.step.add_(1)
+        if self.audited is not None:
+            self.audited.reset()
 
     @property
     def copy_bytes(self) -> int:
@@ -211,8 +232,8 @@ class IndexSets:
         found: list[torch.Tensor] = []
         if self.stacked is not None:
             found += [getattr(self.stacked, field.name) for field in dataclasses.fields(self.stacked)]
-        for audit in self.audits.values():
-            found += [audit.sums, audit.units]
+        if self.audited is not None:
+            found += [self.audited.sums, self.audited.units]
         if self.window_audit is not None:
             found += self.window_audit.changing()
         return found if self._coin is None else [*found, self._coin.step]

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from prhs_kernels.errors import UsageError
-from prhs_kernels.ops.audit.state import LayerAudit
+from prhs_kernels.ops.audit.api import draw_coins
+from prhs_kernels.ops.audit.state import StepAudit
 from prhs_kernels.ops.retrieve import reference
 from prhs_kernels.ops.retrieve.api import retrieve
 from prhs_kernels.ops.retrieve.key_copy import KeyCopy, KeyCopyKind
@@ -114,8 +115,7 @@ def both(query, keys, spans, budget, rule_, start, scratch, query_pre=None, key_
     retrieve(query, keys, **clean, state=expected, audit=other, backend="reference")
     same(found, expected)
     if audit is not None:
-        assert torch.equal(audit.coin, other.coin)
-        torch.testing.assert_close(audit.lse, other.lse, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(audit.lse, other.lse, rtol=1e-5, atol=1e-5, equal_nan=True)
     for counters in (scratch.work[:1], scratch.counters):
         assert not counters.any(), "ready for the next step"
     return found
@@ -321,11 +321,12 @@ def test_retrieval_on_a_low_bit_copy(kind: KeyCopyKind, length: int, dtype: torc
     copy.scale[:, :, :length].masked_fill_(~span_mask(spans, length)[:, None], torch.nan)
     copy.scale[:, :, length:] = torch.nan
     budget = torch.tensor([[20, 31], [length, 3]], dtype=torch.int32, device=DEVICE)
-    audit = LayerAudit.allocate(0.5, 11, BATCH, 2, GROUP, DEVICE)
+    audit = StepAudit.allocate(0.5, [11], BATCH, 2, GROUP, DEVICE)
     for _ in range(3):
+        draw_coins(audit)
         both(
             query, keys, spans, budget, rule(2, gate=0), new_state(query, keys, length), poisoned(keys),
-            key_copy=copy, audit=audit,
+            key_copy=copy, audit=audit.layer(0),
         )  # fmt: skip
         audit.step.add_(1)
 
@@ -334,16 +335,22 @@ def test_audits_scan_exact_keys_and_change_nothing() -> None:
     query, keys = separated(200, (2 * GROUP, 2), 64, torch.float32)
     rules = rule(2, tau=-1.0, block=100)
     state, scratch = new_state(query, keys, 100), poisoned(keys)
-    audit = LayerAudit.allocate(0.5, 2**40 + 1, BATCH, 2, GROUP, DEVICE)
+    audit = StepAudit.allocate(0.5, [2**40 + 1], BATCH, 2, GROUP, DEVICE)
+    coin, lse = audit.layer(0).coin, audit.layer(0).lse
     budget = torch.full((BATCH, 2), 20, dtype=torch.int32, device=DEVICE)
     coins = []
     for used in range(180, 190):
         spans = candidate_spans(torch.full((BATCH,), used), torch.zeros(BATCH), num_sinks=2).to(DEVICE)
-        state = both(query, keys, spans, budget, rules, state, scratch, audit=audit)
-        coins.append(audit.coin.clone())
+        draw_coins(audit)
+        lse.fill_(torch.nan)
+        state = both(query, keys, spans, budget, rules, state, scratch, audit=audit.layer(0))
+        coins.append(coin * (state.decision == Decision.SHARE))
+        assert torch.equal(coins[-1] == 1, ~lse.isnan().any(-1)), (
+            "scanned are those that share and were picked"
+        )
         scores = torch.einsum("bhgd,bhnd->bhgn", query.view(BATCH, 2, GROUP, -1), keys[:, :, :used])
         exact = scores.logsumexp(-1)
-        torch.testing.assert_close(audit.lse[audit.coin == 1], exact[audit.coin == 1])
+        torch.testing.assert_close(lse[coins[-1] == 1], exact[coins[-1] == 1])
         audit.step.add_(1)
     assert not coins[0].any(), "a retrieval on exact keys needs no audit"
     thrown = torch.stack(coins[1:])

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from prhs_kernels.ops.audit.state import LayerAudit
+from prhs_kernels.ops.audit.api import count_dropped, draw_coins
+from prhs_kernels.ops.audit.state import StepAudit
 from prhs_kernels.ops.next_token.api import next_token
 from prhs_kernels.ops.retrieve import launch
 from prhs_kernels.ops.retrieve.key_copy import KeyCopy, KeyCopyKind
@@ -161,6 +162,8 @@ def gate_inputs(heads: tuple[int, int], head_dim: int, dtype: torch.dtype, kind:
     )
     spans = torch.tensor([[0, 2, 2, 40], [1, 3, 5, 20]], dtype=torch.int32, device=DEVICE)
     copied = None if kind == "exact" else KeyCopy.allocate(kind, 2, kv_heads, 40, head_dim, DEVICE)
+    audit = StepAudit.allocate(0.5, [3], 2, kv_heads, group, DEVICE)
+    draw_coins(audit)
     return GateInputs(
         spans=spans,
         budget=integers(5, 40, 2, kv_heads),
@@ -168,7 +171,7 @@ def gate_inputs(heads: tuple[int, int], head_dim: int, dtype: torch.dtype, kind:
         state=state,
         scratch=RetrievalScratch.allocate(2, kv_heads, group, 40, DEVICE),
         key_copy=copied,
-        audit=LayerAudit.allocate(0.5, 3, 2, kv_heads, group, DEVICE),
+        audit=audit.layer(0),
     )
 
 
@@ -199,7 +202,7 @@ def test_the_rotation_decides_as_the_gate_does(
                 copied.write(key, slots, backend="triton")
         listed = int(inputs.scratch.work[0])
         tensors = [getattr(state, field.name) for field in dataclasses.fields(state)]
-        tensors += [query, before, key, keys, values, inputs.audit.coin]
+        tensors += [query, before, key, keys, values]
         tensors += [inputs.scratch.work[:1], inputs.scratch.work[3 : 3 + listed].sort().values]
         if copied is not None:
             tensors += [copied.data.view(torch.uint8), copied.scale]
@@ -265,6 +268,34 @@ def test_step_count(chosen: list[int]) -> None:
             step_count(totals, plan, alive, sets, 2, scan_row=44 / 160, backend=backend)
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
     assert bool((found[:, 1] == 1).all()) and bool((found[:, 0, 1] > 1).all())
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("heads", "group"), [(13, 2), (67, 16), (200, 1)])
+def test_coins_and_dropped_mass_of_all_layers(heads: int, group: int, exact: bool) -> None:
+    """Random decisions; what must not be counted is NaN, and one sequence has ended."""
+    found = StepAudit.allocate(0.4, [5, 2**40 + 1, 6], 2, heads, group, DEVICE)
+    expected = copy.deepcopy(found)
+    state = RetrievalState.allocate(6, heads, group, 64, 16, torch.float32, DEVICE)
+    numbers = torch.Generator().manual_seed(heads)
+    alive = torch.tensor([True, False], device=DEVICE)
+    for step in range(3):
+        kept = torch.randn(3, 2, heads, group, generator=numbers).to(DEVICE)
+        more = torch.rand(2, 3, 2, heads, group, generator=numbers).to(DEVICE)
+        state.decision.copy_(torch.randint(3, (6, heads), generator=numbers))
+        for audit, backend in ((found, "triton"), (expected, "reference")):
+            audit.step.fill_(step + 2**33)
+            draw_coins(audit, backend=backend)
+            counts = (audit.coin == 1) & (state.decision.view_as(audit.coin) != 2)
+            audit.lse.copy_((kept + more[0]).masked_fill(~counts[..., None], torch.nan))
+            state.lse.copy_((kept + more[1]).view_as(state.lse))
+            state.lse.masked_fill_((state.decision != 1)[..., None] | (not exact), torch.nan)
+            lse = kept.reshape(3, 2, heads * group, 1)
+            count_dropped(lse, state, audit, exact=exact, alive=alive, backend=backend)
+        assert torch.equal(found.coin, expected.coin)
+    assert torch.equal(found.units, expected.units) and bool((found.units[:, 1] > 0).all())
+    torch.testing.assert_close(found.sums, expected.sums, rtol=1e-6, atol=0)
+    assert bool((found.sums[:, 1] > 0).all()) and bool((found.sums[:, 0] > 0).all()) == exact
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prhs_kernels.ops.audit.state import LayerAudit
+from prhs_kernels.ops.audit.state import StepAudit
 
 WORD = 0xFFFFFFFF
 
@@ -15,8 +15,11 @@ def _product(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (upper + (lower >> 16)) >> 16, ((upper << 16) + lower) & WORD
 
 
-def philox(seed: int, counter: torch.Tensor) -> torch.Tensor:
-    """First word of Philox-4x32-10 (Salmon et al., SC 2011) at `counter`, int64 in [0, 2**32)."""
+def philox(seed: int | torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
+    """First word of Philox-4x32-10 (Salmon et al., SC 2011) at `counter`, int64 in [0, 2**32).
+
+    A seed that is a tensor goes with the counter by broadcasting.
+    """
     words = [counter & WORD, *(torch.zeros_like(counter) for _ in range(3))]
     keys = [seed & WORD, seed >> 32 & WORD]
     for _ in range(10):
@@ -26,19 +29,20 @@ def philox(seed: int, counter: torch.Tensor) -> torch.Tensor:
     return words[0]
 
 
-def draw_coins(audit: LayerAudit) -> torch.Tensor:
-    """`[batch, num_kv_heads]` bool, one coin per row for the step at hand."""
-    rows = torch.arange(audit.coin.numel(), device=audit.coin.device)
-    draws = philox(audit.seed, audit.step * audit.coin.numel() + rows)
-    return ((draws & 0x7FFFFFFF) <= audit.limit).view_as(audit.coin)
+def draw_coins(audit: StepAudit) -> None:
+    """One coin per layer and row for the step at hand."""
+    units = audit.coin[0].numel()
+    rows = torch.arange(units, device=audit.coin.device)
+    draws = philox(audit.seeds[:, None], audit.step * units + rows)
+    audit.coin.copy_(((draws & 0x7FFFFFFF) <= audit.limit).view_as(audit.coin))
 
 
 def count_dropped(
-    lse_kept: torch.Tensor, decision: torch.Tensor, lse: torch.Tensor, audit: LayerAudit, exact: bool,
+    lse_kept: torch.Tensor, decision: torch.Tensor, lse: torch.Tensor, audit: StepAudit, exact: bool,
     alive: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Arguments as in `api.count_dropped`."""
-    kept = lse_kept.view(audit.lse.shape)
+    kept, lse, decision = lse_kept.view(audit.lse.shape), lse.view_as(audit.lse), decision.view_as(audit.coin)
     counts = torch.ones_like(decision, dtype=torch.bool)
     if alive is not None:
         counts &= alive[:, None]
@@ -50,8 +54,10 @@ def count_dropped(
         share = 1.0 - (kept - whole).float().exp()
         return share.clamp(min=0.0).mean(dim=-1).double()
 
-    audit.sums[0] += torch.where(certain & retrieved, dropped(lse), 0.0).sum()
-    audit.sums[1] += torch.where(audited, dropped(audit.lse), 0.0).sum()
-    audit.units[0] += certain.sum()
-    audit.units[1] += audited.sum()
-    audit.units[2] += (counts & ~certain).sum()
+    masses = (
+        torch.where(certain & retrieved, dropped(lse), 0.0),
+        torch.where(audited, dropped(audit.lse), 0.0),
+    )
+    audit.sums.add_(torch.stack([mass.sum(dim=(1, 2)) for mass in masses], dim=1))
+    units = certain, audited, counts & ~certain
+    audit.units.add_(torch.stack([each.sum(dim=(1, 2)) for each in units], dim=1))

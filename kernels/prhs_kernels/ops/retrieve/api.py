@@ -51,8 +51,8 @@ def retrieve(
         rule: parameters of the layer. state: its sets; scratch: memory for the kernels, allocated if None.
         query_pre: the query before RoPE; only needed where a gate compares that one.
         key_copy: low-bit keys to score with, at the same slots; `state.lse` is then approximate.
-        audit: coins and their results. A head that shares, or one that scores with a copy, is scanned on
-            exact keys with the audit's probability; its set is not changed by that. See `ops.audit`.
+        audit: coins, drawn before, and their results. A head that shares, or one that scores with a copy, is
+            scanned on exact keys if its coin says so; its set is not changed by that. See `ops.audit`.
         scale: factor on the dot products.
         gated: `rope_append` has decided with the same arguments, so that this goes on from its work list;
             kernels only.
@@ -144,5 +144,5 @@ def _check_options(
     if audit is not None:
         check_shape("audit.lse", audit.lse, tuple(state.lse.shape))
         check_like("audit.lse", audit.lse, keys, (torch.float32,))
-        check_shape("audit.step", audit.step, (1,))
-        check_like("audit.step", audit.step, keys, (torch.int64,))
+        check_shape("audit.coin", audit.coin, tuple(state.count.shape))
+        check_like("audit.coin", audit.coin, keys, (torch.int32,))

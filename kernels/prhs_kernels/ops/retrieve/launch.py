@@ -42,8 +42,10 @@ def retrieve(
     """Arguments as in `api.retrieve`, already checked."""
     if not gated:
         gate(query, query_pre, spans, budget, rule, state, scratch, audit, key_copy is not None)
-    scan(query, keys, spans, scratch, scale, key_copy, audited=audit is not None)
-    choose(spans, budget, rule, state, scratch, audit)
+    # a row may be on the list twice, to retrieve from a copy and to be audited; on exact keys only once
+    twice = audit is not None and key_copy is not None
+    scan(query, keys, spans, scratch, scale, key_copy, audited=twice)
+    choose(spans, budget, rule, state, scratch, audit, twice=twice)
 
 
 def gate(
@@ -84,15 +86,13 @@ def gate_tensors(inputs: GateInputs) -> tuple[torch.Tensor, ...]:
     return (
         inputs.spans, inputs.budget, rule.gate, rule.tau_cos, rule.block, state.anchor_query,
         state.anchor_slot, state.indices, state.count, state.decision, work,
-        audit.step if audit else work, audit.coin if audit else work,
+        audit.coin if audit else work,
     )  # fmt: skip
 
 
 def gate_numbers(inputs: GateInputs) -> tuple[int, ...]:
-    """Rows, capacity, local positions, and the audit's seed and limit."""
-    state, audit = inputs.state, inputs.audit
-    seed, limit = (audit.seed, audit.limit) if audit else (0, 0)
-    return state.count.numel(), state.indices.shape[-1], inputs.rule.num_local, seed, limit
+    """Capacity and local positions."""
+    return inputs.state.indices.shape[-1], inputs.rule.num_local
 
 
 def gate_constants(audited: bool, copied: bool) -> dict[str, Any]:
@@ -183,6 +183,7 @@ def choose_constants(group: int, max_len: int, config: ChooseConfig) -> dict[str
 def choose(
     spans: torch.Tensor, budget: torch.Tensor, rule: RetrievalRule, state: RetrievalState,
     scratch: RetrievalScratch, audit: LayerAudit | None = None, config: ChooseConfig | None = None,
+    twice: bool = False,
 ) -> None:  # fmt: skip
     """Log-sum-exp of every entry of the work list; importances and the new set of rows that retrieve."""
     from prhs_kernels.ops.overlap.triton import pdl_options
@@ -190,7 +191,7 @@ def choose(
 
     rows, group, max_len = scratch.scores.shape
     config = config or choose_config(max_len, group, spans.device)
-    entries = rows * (2 if audit else 1)
+    entries = rows * (2 if twice else 1)
     choose_kernel[(max(config.programs, entries),)](
         spans,
         scratch.work,

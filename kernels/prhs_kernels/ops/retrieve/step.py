@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from prhs_kernels.ops.audit.reference import draw_coins
 from prhs_kernels.ops.audit.state import LayerAudit
 from prhs_kernels.ops.retrieve import reference
 from prhs_kernels.ops.retrieve.key_copy import KeyCopy, dequantise
@@ -39,9 +38,8 @@ def retrieve_step(
 
     exact = _scores(packed, keys, candidates, scale)
     if audit is not None:
-        falls = draw_coins(audit) & (shares if key_copy is None else contested)
-        audit.coin.copy_(falls)
-        audit.lse.copy_(torch.where(falls[..., None], exact.logsumexp(dim=-1), audit.lse))
+        scans = (audit.coin == 1) & (shares if key_copy is None else contested)
+        audit.lse.copy_(torch.where(scans[..., None], exact.logsumexp(dim=-1), audit.lse))
     scores = exact
     if key_copy is not None:
         copied = dequantise(key_copy.data[:, :, :n], key_copy.scale[:, :, :n], key_copy.kind)

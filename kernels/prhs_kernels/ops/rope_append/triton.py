@@ -72,17 +72,13 @@ def rope_append_kernel(
     count_ptr,
     decision_ptr,
     work_ptr,
-    step_ptr,
     coin_ptr,
     data_ptr,  # [batch, num_kv_heads, copy_len, bytes of a key], uint8
     row_scale_ptr,  # [batch, num_kv_heads, copy_len], fp32
     eps,
     num_kv_heads,
-    num_rows,
     capacity,
     num_local,
-    seed,
-    limit,
     copy_len,
     stride_cos,
     stride_sin,
@@ -133,6 +129,9 @@ def rope_append_kernel(
             row, num_kv_heads, spans_ptr, budget_ptr, gate_ptr, tau_ptr, block_ptr, anchor_query_ptr,
             anchor_slot_ptr, count_ptr, capacity, num_local, HEAD_DIM, GROUP, BLOCK_G, BLOCK_H,
         )  # fmt: skip
+        coin = 0
+        if AUDIT:
+            coin = tl.load(coin_ptr + row)
     if HAS_NORM:
         norm_ptrs = tl.where(is_key, k_norm_ptr + offs[None, :], q_norm_ptr + offs[None, :])
         low, high = normed(low, high, norm_ptrs, is_query | is_key, eps, dtype, HALF)
@@ -156,9 +155,8 @@ def rope_append_kernel(
         if known[6] == 2:  # before RoPE
             turned_low, turned_high = low.to(dtype), high.to(dtype)
         decide(
-            turned_low, turned_high, known, row, anchor_query_ptr, anchor_slot_ptr, idx_ptr, count_ptr,
-            decision_ptr, work_ptr, step_ptr, coin_ptr, num_rows, capacity, seed, limit, AUDIT, COPY,
-            HEAD_DIM, GROUP, BLOCK_G, BLOCK_H, BLOCK,
+            turned_low, turned_high, known, coin, row, anchor_query_ptr, anchor_slot_ptr, idx_ptr, count_ptr,
+            decision_ptr, work_ptr, capacity, AUDIT, COPY, HEAD_DIM, GROUP, BLOCK_G, BLOCK_H, BLOCK,
         )  # fmt: skip
 
 
@@ -232,7 +230,7 @@ def _gate_arguments(
     """Tensors, numbers and compile-time arguments of the decision and of the key copy."""
     if gate is None:
         constants = {"GATE": False, "KIND": "exact", "LARGEST": 1.0, **gate_constants(False, False)}
-        return [unused] * 15, [0] * 6, constants
+        return [unused] * 14, [0] * 3, constants
     copy, kind = gate.key_copy, KeyCopyKind.EXACT
     tensors, numbers = [*gate_tensors(gate), unused, unused], [*gate_numbers(gate), 0]
     if copy is not None:

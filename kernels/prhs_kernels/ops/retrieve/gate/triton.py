@@ -97,12 +97,14 @@ def load_rule(
 
 @triton.jit
 def decide(
-    low, high, known, row, anchor_query_ptr, anchor_slot_ptr, idx_ptr, count_ptr, decision_ptr, work_ptr,
-    step_ptr, coin_ptr, num_rows, capacity, seed, limit, AUDIT: tl.constexpr, COPY: tl.constexpr,
-    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK: tl.constexpr,
+    low, high, known, coin, row, anchor_query_ptr, anchor_slot_ptr, idx_ptr, count_ptr, decision_ptr,
+    work_ptr, capacity, AUDIT: tl.constexpr, COPY: tl.constexpr, HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Decide for a KV head by the halves of its queries `[BLOCK_G, BLOCK_H]` and what `load_rule` gave."""
+    """Decide for a KV head by the halves of its queries `[BLOCK_G, BLOCK_H]` and what `load_rule` gave.
+
+    coin: of its audit, any number without one.
+    """
     first, sinks, window, end, contested, may_share, _, tau, count, anchor_low, anchor_high = known
     shares = may_share & (smallest_cosine(low, high, anchor_low, anchor_high, GROUP, BLOCK_G) > tau)
     idx_ptr += row * capacity
@@ -124,13 +126,11 @@ def decide(
         tl.store(anchor_slot_ptr + row, -1)
         tl.store(decision_ptr + row, 2)
     if AUDIT:
-        draw = tl.randint(seed, (tl.load(step_ptr) * num_rows + row).to(tl.int32)).to(tl.int32, bitcast=True)
-        falls = ((draw & 0x7FFFFFFF) <= limit) & contested
+        scans = (coin != 0) & contested
         if not COPY:
-            falls = falls & shares  # a retrieval scans exact keys: its own log-sum-exp is exact
-        if falls:
+            scans = scans & shares  # a retrieval scans exact keys: its own log-sum-exp is exact
+        if scans:
             enlist(work_ptr, 2 * row + 1)
-        tl.store(coin_ptr + row, falls.to(tl.int32))
 
 
 @triton.jit
@@ -148,14 +148,10 @@ def gate_kernel(
     count_ptr,  # [rows]
     decision_ptr,  # [rows]
     work_ptr,  # [HEADER + 2 * rows]
-    step_ptr,  # [1], int64
     coin_ptr,  # [rows]
     num_kv_heads,
-    num_rows,
     capacity,
     num_local,
-    seed,
-    limit,
     stride_qb,
     stride_qh,
     stride_pb,
@@ -175,6 +171,9 @@ def gate_kernel(
         row, num_kv_heads, spans_ptr, budget_ptr, gate_ptr, tau_ptr, block_ptr, anchor_query_ptr,
         anchor_slot_ptr, count_ptr, capacity, num_local, HEAD_DIM, GROUP, BLOCK_G, BLOCK_H,
     )  # fmt: skip
+    coin = 0
+    if AUDIT:
+        coin = tl.load(coin_ptr + row)
     batch, head = row // num_kv_heads, row % num_kv_heads
     offs_g, offs = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H)
     inside = (offs_g < GROUP)[:, None] & (offs < HEAD_DIM // 2)[None, :]
@@ -185,7 +184,6 @@ def gate_kernel(
         ptrs = q_ptr + batch * stride_qb + (head * GROUP + offs_g[:, None]) * stride_qh
         low, high = load_halves(ptrs + offs[None, :], inside, HEAD_DIM // 2)
     decide(
-        low, high, known, row, anchor_query_ptr, anchor_slot_ptr, idx_ptr, count_ptr, decision_ptr, work_ptr,
-        step_ptr, coin_ptr, num_rows, capacity, seed, limit, AUDIT, COPY, HEAD_DIM, GROUP, BLOCK_G, BLOCK_H,
-        BLOCK,
+        low, high, known, coin, row, anchor_query_ptr, anchor_slot_ptr, idx_ptr, count_ptr, decision_ptr,
+        work_ptr, capacity, AUDIT, COPY, HEAD_DIM, GROUP, BLOCK_G, BLOCK_H, BLOCK,
     )  # fmt: skip
