@@ -232,26 +232,30 @@ def toy_run(what: str, path: Path, *more: str) -> subprocess.CompletedProcess[st
 def test_operator_at_toy_size(tmp_path: Path) -> None:
     """Run twice, it measures once."""
     path = tmp_path / "r.json"
-    copies = ("--key-copy", "exact,int4")
-    done = toy_run("operator", path, *copies)
+    given = ("--key-copy", "exact,int4", "--retrieval", "0,1/2,1")
+    done = toy_run("operator", path, *given)
     assert "trial at toy size" in done.stderr and "sparse_decode + merge" in done.stdout
     changed = stored(path)
     data = changed["data"]
     assert data["complete"] and all(each["status"] == "ok" and each["timing"] for each in data["rows"])
     assert {"layer, ρ = 0", "layer, ρ = 1", "scan", "dense_decode"} <= {each["case"] for each in data["rows"]}
-    ratios = [each["values"]["retrieval_ratio"] for each in data["rows"] if each["kind"] == "layer"]
-    assert ratios == [0, 1, 1]
-    shares, retrieves, copied = (each for each in data["rows"] if each["kind"] == "layer")
+    layers = [each for each in data["rows"] if each["kind"] == "layer"]
+    ratios = [each["values"]["retrieval_ratio"] for each in layers]
+    assert ratios == [0, 0.5, 0.5, 0.5, 0.5, 1, 1]
+    shares, retrieves, copied = layers[0], *layers[-2:]
+    spread, blocks = layers[1], layers[3]
+    assert spread["case"] == "layer, ρ = 0.5" and blocks["case"] == "layer, ρ = 0.5, in blocks of 2"
     # 2 rows: sets of as many positions as were kept, indices with them; 96 keys and scores in a scan
     moved = 2 * shares["values"]["mean_kept"] * (2 * 64 * 2 + 4)
     assert shares["num_bytes"] == int(moved)
     assert retrieves["num_bytes"] == int(moved) + 2 * 96 * (64 * 2 + 4)
+    assert spread["num_bytes"] == blocks["num_bytes"] == int(moved) + 96 * (64 * 2 + 4)
     moved = 2 * copied["values"]["mean_kept"] * (2 * 64 * 2 + 4)
     assert copied["num_bytes"] == int(moved) + 2 * 96 * (32 + 4 + 4)  # codes, their scale, a score
     assert "rope_append with the gate + layer, ρ = 0" in {each["case"] for each in data["rows"]}
     del data["rows"][0]
     path.write_text(json.dumps(changed))
-    assert "rows are done" in toy_run("operator", path, *copies).stderr
+    assert "rows are done" in toy_run("operator", path, *given).stderr
     again = {each["key"]: each["timing"] for each in stored(path)["data"]["rows"]}
     assert len(again) == len(data["rows"]) + 1
     assert all(again[each["key"]] == each["timing"] for each in data["rows"])
@@ -263,7 +267,10 @@ def test_decode_at_toy_size(tmp_path: Path) -> None:
     assert "time to first token" in done.stdout
     rows = {each["case"]: each for each in stored(tmp_path / "r.json")["data"]["rows"]}
     assert all(each["status"] == "ok" and each["timing"] for each in rows.values())
-    assert len(rows) == 8
+    assert len(rows) == 10
+    blocks = rows["sparse, ρ = 0.5, in blocks of 2"]["values"]
+    assert blocks["retrieval_ratio"] == 0.5 and blocks["longest_step_us"] > 0
+    assert f"in blocks of 2: longest step {blocks['longest_step_us'] / 1e3:.2f} ms" in done.stdout
     half, dense = rows["sparse, ρ = 0.5"], rows["dense_decode"]
     assert half["values"]["retrieval_ratio"] == 0.5 and dense["values"]["attended_fraction"] == 1
     kept = half["values"]["attended_fraction"]

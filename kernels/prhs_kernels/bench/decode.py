@@ -11,7 +11,7 @@ import torch
 
 from prhs_kernels.bench import timing
 from prhs_kernels.bench.cases import Problem, Row, failure
-from prhs_kernels.bench.decode_cases import ROOM, STEPS, WARM, Subject, cases
+from prhs_kernels.bench.decode_cases import ROOM, Subject, cases
 from prhs_kernels.bench.models import random_model
 from prhs_kernels.bench.report import Table, derive, fastest_dense, notes, place, ratio
 from prhs_kernels.bench.session import Record, Session, free_bytes
@@ -20,7 +20,7 @@ from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 
 __all__ = ["RATIOS", "Plan", "cost", "default_points", "derive", "measure", "tables", "toy_points"]
 
-RATIOS = (0.0, 1 / 16, 1 / 8)
+RATIOS = (0.0, 1 / 20, 1 / 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +117,11 @@ def tables(rows: Sequence[Record], device: str) -> list[Table]:
             for row in group
             if row["timing"] and row["kind"] == "stage"
         ]
+        lines += [
+            f"{row['case']}: longest step {row['values']['longest_step_us'] / 1e3:.2f} ms"
+            for row in steps
+            if "longest_step_us" in row["values"]
+        ]
         found.append(Table(title, COLUMNS, [_cells(row) for row in steps], lines))
     return found
 
@@ -140,10 +145,10 @@ def cost(plan: Plan, dtype: torch.dtype) -> list[dict[str, Any]]:
         shape, count = point.shape, len(list(cases(point, plan.ratios, plan.key_copies)))
         read = shape.parameters_read * dtype.itemsize
         read += shape.kv_bytes(point.batch, point.context, dtype.itemsize)
-        # building, checking and capturing take seconds; the first token about 400 TFLOP/s
+        # building, checking and capturing take seconds, ROOM steps at most; first token: about 400 TFLOP/s
         flops = 2 * shape.parameters_read * point.context
         flops += 2 * shape.num_layers * shape.num_qo_heads * shape.head_dim * point.context**2
-        seconds = 10 + count * (5 + (STEPS + WARM) * read / timing.ASSUMED_RATE) + 3 * flops / 4e14
+        seconds = 10 + count * (5 + ROOM * read / timing.ASSUMED_RATE) + 3 * flops / 4e14
         found.append(
             {"point": str(Problem.of(point)), "cases": count, "seconds": seconds, "gib": _gib(point, dtype)}
         )

@@ -16,19 +16,19 @@ from prhs_kernels.bench import rivals, timing
 from prhs_kernels.bench.cases import LOCAL, SINKS, Kind
 from prhs_kernels.bench.dense_cases import AS_GPT_FAST
 from prhs_kernels.bench.models import CHECK_POSITIONS, check_model, check_step
-from prhs_kernels.bench.retrieval_cases import spread
+from prhs_kernels.bench.retrieval_cases import LONGEST_BLOCK, block_of, case_name, spread
 from prhs_kernels.bench.shapes import TOY, ModelShape, Point
 from prhs_kernels.bench.timing import Timing
 from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
+from prhs_kernels.ops.retrieve.state import Decision
 from prhs_kernels.params import Gate, SelectorParams, TimeParams
 from prhs_kernels.runtime.attach import dense_params
 from prhs_kernels.runtime.engine import DecodeEngine
 from prhs_kernels.runtime.stats import DecodeStats
 
 STEPS = 24  # timed ones
-WARM = 4  # before them: the first chooses every set and captures
-ROOM = 64  # slots behind the context; more than the steps of a case
-BLOCK = 128  # no forced retrieval within a case
+BLOCKS = 5  # timed ones at least, where there is room
+ROOM = 2 * LONGEST_BLOCK  # slots behind the context; not less than the steps of a case
 Figures = tuple[Timing, float, dict[str, float]]  # time per step, bytes that it cannot avoid, values
 
 
@@ -66,11 +66,15 @@ class Case:
 
 def cases(point: Point, ratios: Sequence[float], kinds: Sequence[KeyCopyKind]) -> Iterator[Case]:
     """Most important first. Where nobody retrieves, no keys are scanned: then one kind is enough."""
-    for share in dict.fromkeys(_share(point.shape, each) for each in ratios):
+    for ratio in ratios:
+        share, block = _share(point.shape, ratio), block_of(ratio)
         for kind in kinds if share else kinds[:1]:
-            name = f"sparse, ρ = {share:.3g}"
-            name += f", {kind.value} keys" if kind != KeyCopyKind.EXACT else ""
-            yield Case(name, "sparse", functools.partial(_sparse, share, kind))
+            yield Case(
+                case_name("sparse", share, kind), "sparse", functools.partial(_sparse, share, kind, None)
+            )
+        for kind in kinds if block else ():
+            run = functools.partial(_sparse, 0.0, kind, block)
+            yield Case(case_name("sparse", ratio, kind, block), "sparse", run)
     yield Case("dense_decode", "dense", _dense)
     backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
     if point.shape == TOY:
@@ -89,10 +93,11 @@ def _share(shape: ModelShape, ratio: float) -> float:
 
 
 def sparse_params(
-    model: PreTrainedModel, kept: int, share: float, kind: KeyCopyKind = KeyCopyKind.EXACT
-) -> SelectorParams:
+    model: PreTrainedModel, kept: int, share: float, kind: KeyCopyKind = KeyCopyKind.EXACT,
+    block: int | None = None,
+) -> SelectorParams:  # fmt: skip
     """Sets of about `kept` positions; this share of the (layer, KV head) units retrieves in every step, from
-    keys of this kind, the others share for as long as a case runs."""
+    keys of this kind, the others in every `block`-th, by default never again while a case runs."""
     params = dense_params(model.config)
     shape = params.num_layers, params.num_kv_heads
     never = spread(shape[0] * shape[1], round(share * shape[0] * shape[1])).view(shape)
@@ -103,21 +108,21 @@ def sparse_params(
         budget_tokens=torch.full(shape, k, dtype=torch.int32),
         gate=torch.where(never, Gate.NEVER, Gate.POST_ROPE).to(torch.uint8),
         tau_cos=torch.full(shape, -1.0),
-        block=torch.full(shape, BLOCK, dtype=torch.int32),
+        block=torch.full(shape, block or ROOM, dtype=torch.int32),
         dilation=torch.ones(shape, dtype=torch.int32),
     )
     return dataclasses.replace(params, num_sinks=SINKS, num_local=LOCAL, time=time_params, key_copy=kind)
 
 
-def _sparse(share: float, kind: KeyCopyKind, subject: Subject) -> Figures:
+def _sparse(share: float, kind: KeyCopyKind, block: int | None, subject: Subject) -> Figures:
     model, kept = subject.model, subject.point.kept
     small = check_model(subject.point.shape, subject.dtype, subject.device)
     keep_all = sparse_params(small, 4 * CHECK_POSITIONS, share, kind)
     _check(DecodeEngine(small, keep_all, **_small_settings()), small)
-    engine = DecodeEngine(model, sparse_params(model, kept, share, kind), **subject.settings)
-    spent, num_bytes, values = _time(engine, subject)
-    found = values["retrieval_ratio"]
-    assert abs(found - share) < 1e-6, f"{found:.4f} of the units retrieved instead of {share:.4f}"
+    engine = DecodeEngine(model, sparse_params(model, kept, share, kind, block), **subject.settings)
+    spent, num_bytes, values = _time(engine, subject, block)
+    found, wanted = values["retrieval_ratio"], share or (1 / block if block else 0.0)
+    assert abs(found - wanted) < 1e-6, f"{found:.4f} of the units retrieved instead of {wanted:.4f}"
     return spent, num_bytes, values
 
 
@@ -154,21 +159,27 @@ def _check(engine: DecodeEngine, model: PreTrainedModel) -> None:
         check_step(engine, model)
 
 
-def _time(engine: DecodeEngine, subject: Subject) -> Figures:
-    """Steps behind a random cache. The first one captures and chooses every set; it is not counted."""
-    point = subject.point
+def _time(engine: DecodeEngine, subject: Subject, block: int | None = None) -> Figures:
+    """Steps behind a random cache, or whole blocks of them. The first step captures and chooses every set; it
+    is not counted, nor is its block."""
+    point, more = subject.point, {}
     with engine:
         before = _allocated(subject.device)
         engine.fill_random(point.context - 1, seed=0)
         resident = _allocated(subject.device) - before
-        engine.step()
+        for _ in range(block or 1):
+            engine.step()
         started = engine.stats()
-        times = _step_times(engine.step, subject.device)
+        if block:
+            times, more["longest_step_us"] = _block_times(engine, block, subject.device)
+        else:
+            times = _step_times(engine.step, subject.device)
         stats = _difference(engine.stats(), started)
     read = stats.kv_bytes_read * subject.kv_bytes
     spent = Timing.of(times)
     values = {
         **stats.to_dict(),
+        **more,
         "tokens_per_s": point.batch / spent.p50 * 1e6,
         "kv_read_bytes": read,
         "kv_resident_bytes": float(resident or engine_bytes(subject)),
@@ -194,6 +205,34 @@ def _step_times(step: Callable[[], object], device: str) -> list[float]:
     began = time.perf_counter()
     step()
     return [(time.perf_counter() - began) * 1e6]
+
+
+def _block_times(engine: DecodeEngine, block: int, device: str) -> tuple[list[float], float]:
+    """Microseconds per step of whole blocks, in each the mean, and their median longest step.
+
+    Raises:
+        AssertionError: other units retrieved than all of them in the first step of each block.
+    """
+    blocks = min(ROOM // block - 1, max(BLOCKS, STEPS // block)) if device != "cpu" else 1
+    state, retrieved = engine.sets.stacked, []
+    assert state is not None
+
+    def look() -> None:
+        retrieved.append((state.decision == Decision.RETRIEVE).sum())
+
+    if device != "cpu":
+        times = timing.replay_times(engine.step, blocks * block, before=look, warm=0)
+    else:
+        times = []
+        for _ in range(blocks * block):
+            look()
+            times += _step_times(engine.step, device)
+    look()
+    found = [int(each) for each in retrieved[1:]]
+    wanted = [state.decision.numel(), *[0] * (block - 1)] * blocks
+    assert found == wanted, f"units that retrieved, by step: {found} instead of {wanted}"
+    parts = [times[start : start + block] for start in range(0, len(times), block)]
+    return [sum(part) / block for part in parts], Timing.of([max(part) for part in parts]).p50
 
 
 def _allocated(device: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -26,18 +27,35 @@ from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.params import Gate
 from prhs_kernels.testing.tolerances import tolerance
 
+LONGEST_BLOCK = 64  # steps
+
+
+def block_of(ratio: float) -> int | None:
+    """Steps from one retrieval of every row to the next with which this share of the units retrieves."""
+    steps = round(1 / ratio) if ratio > 0 else 0
+    return steps if 2 <= steps <= LONGEST_BLOCK and math.isclose(steps * ratio, 1.0) else None
+
+
+def case_name(what: str, ratio: float, kind: KeyCopyKind, block: int | None = None) -> str:
+    """Of a case in which rows retrieve; without a block they are the same ones in every step."""
+    name = f"{what}, ρ = {ratio:.3g}" + (f", in blocks of {block}" if block else "")
+    return name + (f", {kind.value} keys" if kind != KeyCopyKind.EXACT else "")
+
 
 class Retrieval:
     """Buffers for retrievals of a problem, `ratio` of whose rows retrieve in every step; the others share.
 
     A row shares while the cosine with the query of its last retrieval is above 1/2. The sharing rows get the
     same query in every copy, the others random ones: gate, work list and append run as in a decode step.
-    `kind`: the keys that are scanned.
+    With a block of more than one step these rows retrieve in its first step, and share in the others: their
+    query changes with the block. `kind`: the keys that are scanned.
     """
 
-    def __init__(self, inputs: Inputs, ratio: float, kind: KeyCopyKind = KeyCopyKind.EXACT) -> None:
+    def __init__(
+        self, inputs: Inputs, ratio: float, kind: KeyCopyKind = KeyCopyKind.EXACT, block: int = 1
+    ) -> None:
         p, device = inputs.problem, inputs.device
-        self.inputs, self.wanted = inputs, round(ratio * p.rows)
+        self.inputs, self.wanted, self.block = inputs, round(ratio * p.rows), block
         self.kind, self.copies = kind, key_copies(inputs, kind)
 
         def per_head(value: float, dtype: torch.dtype) -> torch.Tensor:
@@ -57,7 +75,9 @@ class Retrieval:
         capacity = capacity_for(k, SINKS, LOCAL, 1, 6 * max(CALLS, inputs.copies))
         moving = spread(p.rows, self.wanted).to(device).view(p.batch, p.num_kv_heads, 1)
         moving = moving.expand(-1, -1, p.group).reshape(p.batch, p.num_qo_heads, 1, 1)
-        self.queries = torch.where(moving, inputs.queries, inputs.queries[:1])
+        # two take turns where calls go on to the next block: the first one's is not that of the last
+        queries = inputs.queries if block == 1 else inputs.queries[:2]
+        self.queries = torch.where(moving, queries, queries[:1])
         self.state = RetrievalState.allocate(
             p.batch, p.num_kv_heads, p.group, p.head_dim, capacity, inputs.dtype, device
         )
@@ -67,7 +87,7 @@ class Retrieval:
 
     def qkv(self, i: int) -> QKV:
         _, keys, values = self.inputs.kv(i)
-        return self.queries[i % len(self.queries)], keys, values
+        return self.queries[i // self.block % len(self.queries)], keys, values
 
     def step(self, i: int, gated: bool = False) -> None:
         query, keys, _ = self.qkv(i)
@@ -105,6 +125,12 @@ class Retrieval:
         )  # fmt: skip
         return output
 
+    def calls(self) -> Calls:
+        """Layers, in whole blocks, an even number of them."""
+        least = CALLS if self.inputs.device != "cpu" else 1
+        blocks = 2 * -(-least // (2 * self.block))
+        return self.inputs.rotate(self.layer, 0 if self.block == 1 else blocks * self.block)
+
     def restore(self) -> None:
         """Back to the sizes after the first step: sharing rows add a slot in every call."""
         self.state.count.copy_(self.counts)
@@ -114,9 +140,13 @@ class Retrieval:
         return int((self.state.decision == Decision.RETRIEVE).sum())
 
     def values(self) -> dict[str, float]:
-        """What the row says besides its time."""
+        """What the row says besides its time; two more blocks show who retrieves."""
         p, item = self.inputs.problem, self.inputs.item
-        kept, ratio = float(self.counts.double().mean()), self.retrieved() / p.rows
+        retrieved = []
+        for i in range(2 * self.block):
+            self.layer(i)
+            retrieved.append(self.retrieved())
+        kept, ratio = float(self.counts.double().mean()), sum(retrieved) / (len(retrieved) * p.rows)
         moved = p.rows * kept * (2 * p.head_dim * item + 4) + ratio * scan_bytes(self.inputs, self.kind)
         return {"retrieval_ratio": ratio, "mean_kept": kept, "num_bytes": moved}
 
@@ -154,13 +184,16 @@ class Retrieval:
         assert int(chosen[middle].sum()) <= most, "more positions than dilation allows"
 
     def check_layer(self) -> None:
-        """Attention over the sets of the second step, and that as many rows retrieved as were meant to."""
+        """Attention in the first and last step of a block, and that in each of two as many rows retrieved as
+        were meant to."""
         if self.kind == KeyCopyKind.EXACT:
             self.check()
-        output = self.layer(1)
-        assert self.retrieved() == self.wanted, f"{self.retrieved()} rows retrieved instead of {self.wanted}"
-        wanted = self.inputs.sparse_outputs(self.qkv(1), self.state.indices, self.state.count)
-        self.inputs.check(output, wanted)
+        for i in range(self.block, 3 * self.block):
+            output, wanted = self.layer(i), self.wanted if i % self.block == 0 else 0
+            assert self.retrieved() == wanted, f"step {i}: {self.retrieved()} rows retrieved, not {wanted}"
+            if i in (self.block, 2 * self.block - 1):
+                right = self.inputs.sparse_outputs(self.qkv(i), self.state.indices, self.state.count)
+                self.inputs.check(output, right)
         self.restore()
 
 
@@ -176,7 +209,8 @@ def scan_bytes(inputs: Inputs, kind: KeyCopyKind = KeyCopyKind.EXACT) -> int:
 
 
 def layer_cases(inputs: Inputs, ratios: Sequence[float], kinds: Sequence[KeyCopyKind]) -> Iterator[Case]:
-    """Whole steps of a layer, retrieval included, where this share of the rows retrieves from these keys.
+    """Whole steps of a layer, retrieval included, where this share of the rows retrieves from these keys: the
+    same rows in every step, and all rows in the first step of a block.
 
     Where nobody retrieves one kind is enough, and the step is timed behind `rope_append` as well, which then
     has the gate in it, as in a decode step.
@@ -186,21 +220,30 @@ def layer_cases(inputs: Inputs, ratios: Sequence[float], kinds: Sequence[KeyCopy
     for ratio in ratios:
         share = round(ratio * p.rows) / p.rows
         for kind in kinds if share else kinds[:1]:
-            num_bytes = attention + int(share * scan_bytes(inputs, kind))
-            yield _layer_case(inputs, share, kind, num_bytes)
+            yield _layer_case(inputs, share, kind, attention)
+        block = block_of(ratio)
+        for kind in kinds if block else ():
+            yield _layer_case(inputs, ratio, kind, attention, block)
     if 0 in ratios:
         yield from _rotated_cases(inputs, attention)
 
 
-def _layer_case(inputs: Inputs, ratio: float, kind: KeyCopyKind, num_bytes: int) -> Case:
-    made = functools.cache(functools.partial(Retrieval, inputs, ratio, kind))
+def _layer_case(
+    inputs: Inputs, ratio: float, kind: KeyCopyKind, attention: int, block: int | None = None
+) -> Case:
+    """`attention`: its bytes; those of the scans are added."""
+
+    @functools.cache
+    def made() -> Retrieval:
+        return Retrieval(inputs, 1.0, kind, block) if block else Retrieval(inputs, ratio, kind)
 
     def prepare() -> Calls:
         made().check_layer()
-        return inputs.rotate(made().layer)
+        return made().calls()
 
-    name = f"layer, ρ = {ratio:.3g}" + (f", {kind.value} keys" if kind != KeyCopyKind.EXACT else "")
+    num_bytes = attention + int(ratio * scan_bytes(inputs, kind))
     restore, values = (lambda: made().restore()), (lambda: made().values())
+    name = case_name("layer", ratio, kind, block)
     return Case(name, "layer", num_bytes, prepare, before=restore, values=values)
 
 

@@ -69,10 +69,10 @@ def capture(calls: Calls, rounds: int = 1) -> torch.cuda.CUDAGraph:
 
 
 def replay_times(
-    run: Callable[[], object], replays: int, before: Callable[[], object] | None = None
+    run: Callable[[], object], replays: int, before: Callable[[], object] | None = None, warm: int = 3
 ) -> list[float]:
-    """Microseconds of each of `replays` runs of device work, after three that warm up."""
-    for _ in range(3):
+    """Microseconds of each of `replays` runs of device work, after some that warm up."""
+    for _ in range(warm):
         run()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
     for start, end in events:
