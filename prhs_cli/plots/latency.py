@@ -19,12 +19,15 @@ from prhs_kernels.errors import InputError
 KIND = "bench-operator"
 KINDS = ("bench-operator", "bench-decode")
 COLUMNS = 2  # panels side by side
+LONG = 30  # letters of a label, of which three do not fit beside each other
+LINE, LINES = 0.17, 4  # inches of a line of the legend, and how many have room in every figure
 DENSE = Look("fastest dense", "#000000", "s", "-")
 MASKED = Look("masked sdpa as gpt-fast", "#777777", "x", "-")
 ATTENTION = Look("attention over given sets", "#4c9a6a", "D", "-.", size=3.5)
 RATIOS = (
     ("#123c86", "o", "-"), ("#3f78c9", "v", "--"), ("#b83b55", "^", "-."), ("#dda32f", "P", "--"),
     ("#7a4fa3", "<", "-"), ("#9a6b3f", ">", "-."), ("#2a9d9d", "s", ":"), ("#d46fb0", "h", "--"),
+    ("#5b6b1f", "X", "-"), ("#e07b39", "p", "-."), ("#8fb8de", "8", "--"), ("#6b6b6b", "*", ":"),
 )  # fmt: skip
 Row = dict[str, Any]
 
@@ -172,8 +175,10 @@ def _legend(fig: Figure, axes: Sequence[Axes]) -> None:
     if not found:  # bars carry their names
         return
     (found["byte floor of each"],) = axes[0].plot([], [], color="#555555", linestyle=":", linewidth=0.8)
+    columns = 3 if max(map(len, found)) <= LONG else 2
+    fig.set_figheight(fig.get_figheight() + LINE * max(0, math.ceil(len(found) / columns) - LINES))
     fig.legend(
-        list(found.values()), list(found), loc="outside upper center", ncols=3, columnspacing=1.4,
+        list(found.values()), list(found), loc="outside upper center", ncols=columns, columnspacing=1.4,
         handlelength=2.6,
     )  # fmt: skip
 

@@ -311,6 +311,28 @@ def test_latency_draws_every_case_and_its_floor() -> None:
     assert np.asarray(floors[0].get_ydata()) == pytest.approx(0.8 * np.asarray(dense.get_ydata()))
 
 
+def test_many_cases_with_long_names_have_looks_of_their_own_and_a_legend_that_fits(tmp_path: Path) -> None:
+    result = bench_result("bench-operator")
+    sparse = [row for row in result["data"]["rows"] if row["kind"] == "sparse"]
+    for row in copy.deepcopy(sparse):
+        for more in (
+            ", in blocks of 8",
+            ", in blocks of 8, int4 keys",
+            ", int4 keys",
+            ", fp8 keys",
+            ", int8 keys",
+        ):
+            result["data"]["rows"].append({**row, "case": row["case"] + more})
+    with style.styled():
+        figure = latency.figure(result)
+        figure.savefig(tmp_path / "many.png")
+        box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+    named = [line for line in figure.axes[0].get_lines() if "ρ" in str(line.get_label())]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in named}
+    assert len(looks) == len(named) == 12
+
+
 def test_throughput_over_context_or_batch() -> None:
     (axis,) = drawn("throughput").axes
     line = next(line for line in axis.get_lines() if line.get_label() == "sparse, ρ = 0")
