@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from prhs_kernels.errors import UsageError
-from prhs_kernels.ops.audit.reference import philox
-from prhs_kernels.ops.step_plan.api import PlanRule, step_plan
 from prhs_kernels.params import DepthParams
 from prhs_kernels.runtime.attach import dense_params
 from prhs_kernels.runtime.attention import LayerObservation
@@ -18,9 +16,7 @@ from prhs_kernels.runtime.audit import Audit
 from prhs_kernels.runtime.auditing import Auditor, affordable_share, dropped_mass, merged
 from prhs_kernels.runtime.decode import Generation, generate_tokens
 from prhs_kernels.runtime.scoring import Scorer
-from prhs_kernels.runtime.window_audit import WindowAudit
 from prhs_kernels.testing.inputs import exact_model, random_tokens, selector_params
-from prhs_kernels.testing.models import tiny_config
 from prhs_kernels.testing.runs import VARIANTS
 
 PROMPTS = [random_tokens(length, seed=length) for length in (45, 9, 30)]
@@ -148,22 +144,3 @@ def test_an_affordable_share_scans_in_a_tenth_of_the_steps_at_most() -> None:
     params = selector_params(model.config, time=TIME)
     list(generate_tokens(model, PROMPTS, params, max_new_tokens=3, run=run, audit="auto"))
     assert run.audit is not None and run.audit.probability == 0.1 / 6
-
-
-def test_every_step_of_windowed_layers_has_its_own_coins() -> None:
-    """They are drawn for many steps at once; also where the run starts in the middle of such a part."""
-    params = selector_params(tiny_config("llama"), depth=DepthParams(1, 0.3))
-    step = torch.tensor([23])
-    audit = WindowAudit(params, 3, 0.3, 5, step, "reference")
-    plan = step_plan(torch.tensor([40]), PlanRule.create(params, [None] * 4, 3, step.device))
-    fallen = []
-    for number in range(23, 223):
-        audit.prepare()
-        audit.begin(plan)
-        units = torch.arange(2 * 3 * 2).view(2, 3, 2)  # layers 2 and 3 have windows
-        draws = philox(5, number * units.numel() + units) & 0x7FFFFFFF
-        assert torch.equal(audit.coin, draws < 0.3 * 2**31)
-        assert torch.equal(audit.spans[..., 3] > 0, audit.coin)
-        fallen.append(audit.coin.double().mean())
-        step.add_(1)
-    assert abs(torch.stack(fallen).mean() - 0.3) < 5 * (0.21 / (200 * 12)) ** 0.5

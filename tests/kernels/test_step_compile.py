@@ -80,6 +80,22 @@ KERNELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, int
         {"best_ptr": "*fp32", "token_ptr": "*i64", "drawn_ptr": "*i64", "stop_ptr": "*i64"}, {"num_warps": 1},
     ),
     "draw_coins": ("audit", "draw_coins_kernel", {"BLOCK": 128}, {}, {"num_warps": 1}),
+    **{
+        f"scan_units, {head_dim}, {precision}": (
+            "audit", "scan_units_kernel",
+            {
+                "HEAD_DIM": head_dim, "GROUP": 4, "BLOCK_G": 16, "BLOCK_D": head_dim, "BLOCK_N": block_n,
+                "BLOCK_R": 512, "BLOCK_S": 256, "HAS_COUNT": True, "PRECISION": precision,
+            },
+            {"part_ptr": "*fp32", "lse_ptr": "*fp32", "scale": "fp32", "counters_ptr": "*i32"}
+            | ({} if precision == "tf32" else {"q_ptr": "*fp32", "k_ptr": "*fp32"}),
+            {"num_warps": warps, "num_stages": stages},
+        )
+        for head_dim, precision, block_n, warps, stages in (
+            (64, "tf32", 128, 4, 3), (128, "tf32", 128, 4, 3), (256, "tf32", 32, 4, 4),
+            (128, "ieee", 16, 8, 2), (256, "ieee", 16, 8, 2),
+        )
+    },
     "step_plan": ("step_plan", "step_plan_kernel", {"BLOCK_H": 8}, {}, {"num_warps": 1}),
     "step_count": ("step_count", "step_count_kernel", {"HAS_SETS": True, "BLOCK_H": 8}, {}, {"num_warps": 1}),
 }  # fmt: skip
@@ -109,7 +125,8 @@ def test_it_compiles_without_spilling(name: str, arch: int) -> None:
         default = "*bf16" if argument.endswith("_ptr") else "i32"
         return types.get(argument, TYPES.get(argument, default))
 
-    aligned = [n for n in names if n.endswith("_ptr") or n in ("size", "width", "per_split")]
+    whole = ("size", "width", "per_split")
+    aligned = [n for n in names if n.endswith("_ptr") or n.startswith("stride_k") or n in whole]
     source = ASTSource(
         kernel,
         signature={argument: kind(argument) for argument in names},

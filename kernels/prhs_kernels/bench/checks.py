@@ -230,7 +230,8 @@ def _same_steps(
                 scale=1.0,
                 backend="reference",
             )[1]
-            count_dropped(kept[None], state, coins, exact=kind is None, backend=backend)
+            lse = state.lse[None] if kind is None else None
+            count_dropped(kept[None], coins, decision=state.decision[None], lse=lse, backend=backend)
             coins.step.add_(1)
         behind = torch.arange(length + 64, device=device) >= wanted.count.unsqueeze(-1)
         for name in ("decision", "count", "anchor_slot"):

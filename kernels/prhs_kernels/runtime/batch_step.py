@@ -9,10 +9,10 @@ from prhs_kernels.ops.backend import Backend
 from prhs_kernels.ops.step_plan.api import PlanRule, StepPlan, step_plan
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.audit import Audit
-from prhs_kernels.runtime.auditing import totals
 from prhs_kernels.runtime.decoder_step import Attend, DecoderStep
-from prhs_kernels.runtime.index_sets import AuditCoin, IndexSets
+from prhs_kernels.runtime.index_sets import IndexSets
 from prhs_kernels.runtime.progress import Progress
+from prhs_kernels.runtime.run_audit import AuditCoin
 from prhs_kernels.runtime.static_cache import StaticCache
 from prhs_kernels.runtime.step_stats import StepCounter
 from prhs_kernels.runtime.support import sliding_windows
@@ -40,7 +40,6 @@ class BatchStep:
         self._decoder = DecoderStep(model, max_len, backend)
         self.counter = StepCounter(params, batch, self.sets, device)
         self.attention: Attend | None = None
-        self._coin = coin
 
     def restart(self, length: int, padding: torch.Tensor) -> None:
         """Begin decoding behind `length` slots: nothing chosen, nothing counted, nothing drawn."""
@@ -55,27 +54,19 @@ class BatchStep:
         """Of the step that comes next."""
         return step_plan(self.progress.slot, self.rule, backend=self.backend)
 
-    def prepare(self) -> None:
-        """What a step needs that is not captured with it."""
-        if self.sets.window_audit is not None:
-            self.sets.window_audit.prepare()
-
     def run(self) -> None:
         """The step: device work only, so that it can be captured."""
         now, plan = self.progress, self.plan()
         self.counter.begin()
-        self.sets.begin()
-        if (audit := self.sets.window_audit) is not None:
-            audit.begin(plan)
+        if (audit := self.sets.audit) is not None:
+            audit.begin()
         attend = self.attention or self._attend
         caches = self.cache.keys, self.cache.values
         logits = self._decoder(now.token, plan, *caches, attend, self.sets.gate)
         self.logits = logits  # the last one recorded is the graph's
         self.counter.end(plan, now.alive)
         if audit is not None:
-            counts = {layer: state.count for layer, state in self.sets.states.items()}
-            audit.end(plan, counts, now.alive)
-        self.sets.end(now.alive)
+            audit.end(self.sets.stacked, now.alive)
         now.draw(logits, self.backend, steps=True)
 
     def scale(self, layer: int) -> float:
@@ -88,8 +79,9 @@ class BatchStep:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         scale = self.scale(layer)
         output, lse = self.sets.attend(layer, query, query_pre, key, keys, values, plan, scale)
-        if self.sets.window_audit is not None:
-            self.sets.window_audit.record(layer, query, keys, values, lse, scale)
+        if (audit := self.sets.audit) is not None:
+            state = self.sets.states.get(layer)
+            audit.record(layer, query, keys, plan, lse, None if state is None else state.count, scale)
         return output
 
     def changing(self) -> list[torch.Tensor]:
@@ -98,8 +90,5 @@ class BatchStep:
 
     def audit(self) -> Audit | None:
         """The mass dropped so far, if there is a coin; waits for the device."""
-        if self._coin is None:
-            return None
-        audits = [self.sets.audited, self.sets.window_audit]
-        found = [audit.totals() for audit in audits if audit is not None]
-        return totals(found, self.counter.units_without(self.sets), self._coin.probability)
+        audit = self.sets.audit
+        return None if audit is None else audit.totals(self.counter.units_without(self.sets))

@@ -17,10 +17,11 @@ from prhs_kernels.runtime.attach import check_params, check_supported, dense_par
 from prhs_kernels.runtime.audit import Audit
 from prhs_kernels.runtime.batch_step import BatchStep
 from prhs_kernels.runtime.capture import capture
-from prhs_kernels.runtime.index_sets import AuditCoin, IndexSets
+from prhs_kernels.runtime.index_sets import IndexSets
 from prhs_kernels.runtime.memory import RunMemory, RunShape
 from prhs_kernels.runtime.prefill import prefill
 from prhs_kernels.runtime.progress import Progress
+from prhs_kernels.runtime.run_audit import AuditCoin
 from prhs_kernels.runtime.sampling import Sampling
 from prhs_kernels.runtime.static_cache import StaticCache
 from prhs_kernels.runtime.stats import DecodeStats
@@ -211,7 +212,6 @@ class DecodeEngine:
         if tokens is not None:
             self._step.progress.token.copy_(tokens)
             self._step.progress.restart()
-        self._step.prepare()
         if self.use_graph:
             if self._graph is None:
                 self.capture()

@@ -6,8 +6,7 @@ import dataclasses
 
 import torch
 
-from prhs_kernels.ops.audit.api import count_dropped, draw_coins
-from prhs_kernels.ops.audit.state import LayerAudit, StepAudit
+from prhs_kernels.ops.audit.state import LayerAudit
 from prhs_kernels.ops.backend import Backend
 from prhs_kernels.ops.dense_decode.api import dense_decode
 from prhs_kernels.ops.retrieve.api import retrieve
@@ -22,7 +21,7 @@ from prhs_kernels.ops.retrieve.state import (
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.ops.step_plan.api import StepPlan
 from prhs_kernels.params import Gate, SelectorParams, TimeParams
-from prhs_kernels.runtime.window_audit import WindowAudit, windowed_layers
+from prhs_kernels.runtime.run_audit import AuditCoin, RunAudit
 
 
 def selecting_layers(time: TimeParams) -> list[int]:
@@ -55,44 +54,20 @@ def set_capacity(params: SelectorParams, windows: list[int | None], max_len: int
     return max(16, *(size for layer in sizes for size in layer)) if sizes else 16
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class AuditCoin:
-    """The coin of a run: its probability, a seed, and the number of the step `[1]` int64 on the device."""
-
-    probability: float
-    seed: int
-    step: torch.Tensor
-
-    def for_layers(self, layers: list[int], batch: int, heads: int, group: int) -> StepAudit:
-        """Coins and totals of layers, each with a seed of its own: they draw independently."""
-        seeds, device = [self.seed + layer for layer in layers], self.step.device
-        return StepAudit.allocate(self.probability, seeds, batch, heads, group, device, self.step)
-
-
 class IndexSets:
     """Sets of the layers that choose any; the other layers attend to everything in their spans.
 
     stacked: one state for all of them, its leading axis is layer and sequence, so that a step is counted at
     once; states: views of it by layer. rules: their CIS parameters by layer. copies: low-bit keys by layer,
-    where retrievals scan such. audited: coins of the layers whose retrievals see all that dense attention
-    sees, and what was found; audits: views of it by layer. None and empty without any.
+    where retrievals scan such. audit: coins and what was found. None and empty without any.
     """
 
     def __init__(
         self, params: SelectorParams, windows: list[int | None], batch: int, max_len: int,
-        dtype: torch.dtype, device: torch.device, backend: Backend, audit: AuditCoin | None = None,
+        dtype: torch.dtype, device: torch.device, backend: Backend, coin: AuditCoin | None = None,
     ) -> None:  # fmt: skip
         self.backend: Backend = backend
         self.copies: dict[int, KeyCopy] = {}
-        self.audited: StepAudit | None = None
-        self.audits: dict[int, LayerAudit] = {}
-        self._lse: list[torch.Tensor] = []  # of a step, by audited layer
-        self.window_audit: WindowAudit | None = None
-        self._coin = audit
-        hidden = windowed_layers(params)
-        if audit is not None and hidden:
-            seed = audit.seed + params.num_layers  # another stream than those of the layers
-            self.window_audit = WindowAudit(params, batch, audit.probability, seed, audit.step, backend)
         self._params, self._device, self._batch = params, device, batch
         self.stacked: RetrievalState | None = None
         self.states: dict[int, RetrievalState] = {}
@@ -101,6 +76,7 @@ class IndexSets:
         self._scratch: RetrievalScratch | None = None
         time = params.time
         layers = [] if time is None else selecting_layers(time)
+        self.audit = None if coin is None else RunAudit(params, layers, batch, coin, backend)
         if time is None or not layers:
             return
         heads, group = params.num_kv_heads, params.group_size
@@ -114,11 +90,6 @@ class IndexSets:
             self._mean_kept[layer] = (
                 sum(set_sizes(params, layer, windows[layer], max_len, grown=False)) // heads
             )
-        seeing = [layer for layer in layers if layer not in hidden]
-        assert seeing == layers[: len(seeing)], "windows begin at a layer and go on to the last"
-        if audit is not None and seeing:
-            self.audited = audit.for_layers(seeing, batch, heads, group)
-            self.audits = {layer: self.audited.layer(place) for place, layer in enumerate(seeing)}
         if backend == "triton":
             self._scratch = RetrievalScratch.allocate(batch, heads, group, max_len, device)
 
@@ -148,29 +119,12 @@ class IndexSets:
             state,
             self._scratch,
             self.copies.get(layer),
-            self.audits.get(layer),
+            self._scans(layer),
         )
 
-    def begin(self) -> None:
-        """Before the layers of a step: toss the audits' coins."""
-        self._lse.clear()
-        if self.audited is not None:
-            draw_coins(self.audited, backend=self.backend)
-
-    def end(self, alive: torch.Tensor) -> None:
-        """After the layers of a step: count what it dropped; the next one draws other coins.
-
-        alive: `[batch]` bool, sequences that count.
-        """
-        if self.audited is not None:
-            assert self.stacked is not None
-            state = _part(self.stacked, slice(0, len(self._lse) * self._batch))
-            exact = self._params.key_copy == KeyCopyKind.EXACT
-            # the log-sum-exps were kept until here, so that nothing else lies in their memory in a graph
-            lse = torch.stack(self._lse).float()
-            count_dropped(lse, state, self.audited, exact=exact, alive=alive, backend=self.backend)
-        if self._coin is not None:
-            self._coin.step.add_(1)
+    def _scans(self, layer: int) -> LayerAudit | None:
+        """The coins of a layer in which a retrieval's scan serves an audit."""
+        return None if self.audit is None else self.audit.scans.get(layer)
 
     def attend(
         self, layer: int, query: torch.Tensor, query_pre: torch.Tensor, key: torch.Tensor,
@@ -185,7 +139,7 @@ class IndexSets:
         spans, state = plan.spans[layer], self.states.get(layer)
         if state is None:
             return dense_decode(query, keys, values, scale=scale, spans=spans, backend=self.backend)
-        copy, audit = self.copies.get(layer), self.audits.get(layer)
+        copy = self.copies.get(layer)
         gated = self._scratch is not None  # by `rope_append`, which has written the key's copy as well
         if copy is not None and not gated:
             copy.write(key, plan.slots[layer], backend=self.backend)
@@ -200,27 +154,22 @@ class IndexSets:
             query_pre=query_pre,
             scratch=self._scratch,
             key_copy=copy,
-            audit=audit,
+            audit=self._scans(layer),
             gated=gated,
             backend=self.backend,
         )
-        output, lse = sparse_decode(
+        return sparse_decode(
             query, keys, values, state.indices,
             scale=scale, count=state.count, spans=spans, mean_kept=self._mean_kept[layer],
             backend=self.backend,
         )  # fmt: skip
-        if audit is not None:
-            self._lse.append(lse)
-        return output, lse
 
     def reset(self) -> None:
         """Forget every set and what was audited."""
         if self.stacked is not None:
             self.stacked.reset()
-        if self.window_audit is not None:
-            self.window_audit.reset()
-        if self.audited is not None:
-            self.audited.reset()
+        if self.audit is not None:
+            self.audit.reset()
 
     @property
     def copy_bytes(self) -> int:
@@ -232,11 +181,7 @@ class IndexSets:
         found: list[torch.Tensor] = []
         if self.stacked is not None:
             found += [getattr(self.stacked, field.name) for field in dataclasses.fields(self.stacked)]
-        if self.audited is not None:
-            found += [self.audited.sums, self.audited.units]
-        if self.window_audit is not None:
-            found += self.window_audit.changing()
-        return found if self._coin is None else [*found, self._coin.step]
+        return found if self.audit is None else [*found, *self.audit.changing()]
 
 
 def _part(stacked: RetrievalState, rows: slice) -> RetrievalState:

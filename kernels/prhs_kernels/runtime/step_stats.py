@@ -8,8 +8,8 @@ from prhs_kernels.ops.step_count.api import FIELDS, ChosenSets, step_count
 from prhs_kernels.ops.step_plan.api import StepPlan
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.index_sets import IndexSets
+from prhs_kernels.runtime.run_audit import windowed_layers
 from prhs_kernels.runtime.stats import DecodeStats
-from prhs_kernels.runtime.window_audit import windowed_layers
 
 
 class StepCounter:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from prhs_kernels.ops.audit.api import count_dropped, draw_coins
-from prhs_kernels.ops.audit.state import StepAudit
+from prhs_kernels.ops.audit.api import count_dropped, draw_coins, scan_units
+from prhs_kernels.ops.audit.state import LayerAudit, ScanScratch, StepAudit
 from prhs_kernels.ops.next_token.api import next_token
 from prhs_kernels.ops.retrieve import launch
 from prhs_kernels.ops.retrieve.key_copy import KeyCopy, KeyCopyKind
@@ -291,11 +291,54 @@ def test_coins_and_dropped_mass_of_all_layers(heads: int, group: int, exact: boo
             state.lse.copy_((kept + more[1]).view_as(state.lse))
             state.lse.masked_fill_((state.decision != 1)[..., None] | (not exact), torch.nan)
             lse = kept.reshape(3, 2, heads * group, 1)
-            count_dropped(lse, state, audit, exact=exact, alive=alive, backend=backend)
+            decision, whole = state.decision.view_as(audit.coin), state.lse.view_as(audit.lse)
+            count_dropped(
+                lse, audit, decision=decision, lse=whole if exact else None, alive=alive, backend=backend
+            )
         assert torch.equal(found.coin, expected.coin)
     assert torch.equal(found.units, expected.units) and bool((found.units[:, 1] > 0).all())
     torch.testing.assert_close(found.sums, expected.sums, rtol=1e-6, atol=0)
     assert bool((found.sums[:, 1] > 0).all()) and bool((found.sums[:, 0] > 0).all()) == exact
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "head_dim"), [((2, 1), 64), ((6, 6), 80), ((6, 2), 128)])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_scan_of_audited_units(
+    heads: tuple[int, int], head_dim: int, dtype: torch.dtype, chosen: bool
+) -> None:
+    """NaN where nobody was picked, behind the end, and before what dense attention sees; nobody at all."""
+    kv_heads, group, n = heads[1], heads[0] // heads[1], 700
+    query = drawn(3, heads[0], 1, head_dim, dtype=dtype, seed=31)
+    keys = drawn(3, kv_heads, n, head_dim, dtype=dtype, seed=32)
+    spans = torch.tensor([[0, 2, 300, 650], [7, 9, 9, 640], [0, 2, 30, 33]], dtype=torch.int32, device=DEVICE)
+    visible = torch.tensor([650, 633, 33], dtype=torch.int32, device=DEVICE)
+    audit = StepAudit.allocate(0.5, [3], 3, kv_heads, group, DEVICE)
+    scratch = ScanScratch.allocate(3, kv_heads, group, query.device)
+    scratch.parts.fill_(torch.nan)
+    slots = torch.arange(n, device=DEVICE)
+    seen = (slots >= (spans[:, 3] - visible)[:, None]) & (slots < spans[:, 3, None])
+    sizes = torch.where(torch.arange(kv_heads, device=DEVICE) % 2 == 0, visible[:, None], 5).int()
+    for step in range(4):
+        audit.step.fill_(step)
+        draw_coins(audit)
+        audit.coin.mul_(step != 1)
+        hidden = keys.masked_fill(~(seen[:, None] & (audit.coin[0] == 1)[..., None])[..., None], torch.nan)
+        found = []
+        for backend, source in (("triton", hidden), ("reference", keys), ("reference", keys.double())):
+            wide = torch.promote_types(source.dtype, torch.float32)
+            layer = LayerAudit(audit.coin[0], torch.full_like(audit.lse[0], 7.0, dtype=wide))
+            decision = torch.full_like(audit.coin[0], 9)
+            scan_units(
+                query.to(source.dtype), source, layer, spans=spans, visible=visible, decision=decision,
+                scale=0.1, count=sizes if chosen else None, scratch=scratch, backend=backend,
+            )  # fmt: skip
+            found.append((layer.lse, decision))
+        assert torch.equal(found[0][1], found[1][1])
+        kept = sizes if chosen else torch.tensor([[352], [633], [5]], device=DEVICE)
+        assert torch.equal(found[0][1] == 2, (kept == visible[:, None]).expand(3, kv_heads))
+        assert_as_exact_as(found[0][0], found[1][0], found[2][0], "lse")
+        assert not scratch.counters.any(), "ready for the next scan"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prhs_kernels.ops.audit.state import StepAudit
+from prhs_kernels.ops.audit.state import LayerAudit, StepAudit
 
 WORD = 0xFFFFFFFF
 
@@ -37,12 +37,30 @@ def draw_coins(audit: StepAudit) -> None:
     audit.coin.copy_(((draws & 0x7FFFFFFF) <= audit.limit).view_as(audit.coin))
 
 
+def scan_units(
+    query: torch.Tensor, keys: torch.Tensor, audit: LayerAudit, spans: torch.Tensor, visible: torch.Tensor,
+    decision: torch.Tensor, scale: float, count: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Arguments as in `api.scan_units`."""
+    first, sink_end, window, end = spans.unbind(dim=-1)
+    kept = (sink_end - first + end - window)[:, None] if count is None else count
+    decision.copy_(torch.where(kept == visible[:, None], 2, 0).expand_as(decision))
+    batch, num_kv_heads, n, head_dim = keys.shape
+    slots = torch.arange(n, device=keys.device)
+    seen = (slots >= (end - visible)[:, None]) & (slots < end[:, None])
+    wide = torch.promote_types(query.dtype, torch.float32)
+    packed = query.reshape(batch, num_kv_heads, -1, head_dim)
+    scores = torch.matmul(packed, keys.transpose(-1, -2)).to(wide) * scale
+    lse = scores.masked_fill(~seen[:, None, None], -torch.inf).logsumexp(dim=-1)
+    audit.lse.copy_(torch.where((audit.coin == 1)[..., None], lse, audit.lse))
+
+
 def count_dropped(
-    lse_kept: torch.Tensor, decision: torch.Tensor, lse: torch.Tensor, audit: StepAudit, exact: bool,
+    lse_kept: torch.Tensor, audit: StepAudit, decision: torch.Tensor, lse: torch.Tensor | None,
     alive: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Arguments as in `api.count_dropped`."""
-    kept, lse, decision = lse_kept.view(audit.lse.shape), lse.view_as(audit.lse), decision.view_as(audit.coin)
+    kept, exact = lse_kept.view(audit.lse.shape), lse is not None
     counts = torch.ones_like(decision, dtype=torch.bool)
     if alive is not None:
         counts &= alive[:, None]
@@ -54,10 +72,8 @@ def count_dropped(
         share = 1.0 - (kept - whole).float().exp()
         return share.clamp(min=0.0).mean(dim=-1).double()
 
-    masses = (
-        torch.where(certain & retrieved, dropped(lse), 0.0),
-        torch.where(audited, dropped(audit.lse), 0.0),
-    )
-    audit.sums.add_(torch.stack([mass.sum(dim=(1, 2)) for mass in masses], dim=1))
+    wholes = (retrieved & exact, audit.lse if lse is None else lse), (audited, audit.lse)
+    masses = [torch.where(which, dropped(whole), 0.0).sum(dim=(1, 2)) for which, whole in wholes]
+    audit.sums.add_(torch.stack(masses, dim=1))
     units = certain, audited, counts & ~certain
     audit.units.add_(torch.stack([each.sum(dim=(1, 2)) for each in units], dim=1))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from prhs_kernels.errors import UsageError
+from prhs_kernels.ops.backend import num_sms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +26,9 @@ class AuditTotals:
     other_units: int
 
 
-def limit_of(probability: float) -> int:
-    """Largest draw of 31 bits with which a coin falls; -1 for never."""
-    return round(probability * 2**31) - 1
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerAudit:
-    """What a retrieval needs of an audit, views of a `StepAudit`.
+    """What a layer needs of an audit, views of a `StepAudit`.
 
     coin: `[batch, num_kv_heads]` int32, 1 for a unit to be audited in this step. lse: `[batch, num_kv_heads,
     group]` fp32, written for such units: the log-sum-exp of all candidates' scores, on exact keys.
@@ -87,7 +83,7 @@ class StepAudit:
     @property
     def limit(self) -> int:
         """Largest draw of 31 bits with which the coin falls; -1 for never."""
-        return limit_of(self.probability)
+        return round(self.probability * 2**31) - 1
 
     def layer(self, place: int) -> LayerAudit:
         """Of the layer that has this seed."""
@@ -103,3 +99,22 @@ class StepAudit:
         exact_mass, audited_mass = self.sums.sum(dim=0).tolist()
         exact, audited, other = self.units.sum(dim=0).tolist()
         return AuditTotals(exact_mass, exact, audited_mass, audited, other)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScanScratch:
+    """Memory of `scan_units`; layers may share it.
+
+    parts: `[batch * num_kv_heads, group, pieces]` fp32, what programs found. counters: `[batch *
+    num_kv_heads]` int32, finished pieces, zero between scans.
+    """
+
+    parts: torch.Tensor
+    counters: torch.Tensor
+
+    @classmethod
+    def allocate(cls, batch: int, num_kv_heads: int, group: int, device: torch.device) -> ScanScratch:
+        """For as many pieces of a head as there are programs."""
+        rows = batch * num_kv_heads
+        parts = torch.empty(rows, group, num_sms(device) + 1, dtype=torch.float32, device=device)
+        return cls(parts, torch.zeros(rows, dtype=torch.int32, device=device))

@@ -1,4 +1,7 @@
-"""Coins and dropped mass of a step: a program per layer, so that the order of the sums is always the same."""
+"""Coins, scans of what a window hides, and dropped mass of a step.
+
+Masses are added up by a program per layer, so that the order of the sums is always the same.
+"""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -8,9 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from prhs_kernels.ops.audit.state import StepAudit
-from prhs_kernels.ops.decode_config import next_power_of_2
+from prhs_kernels.ops.audit.state import LayerAudit, ScanScratch, StepAudit
+from prhs_kernels.ops.decode_config import next_power_of_2, precision
 from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
+from prhs_kernels.ops.retrieve.config import ScanConfig, scan_config
+from prhs_kernels.ops.sparse_decode.triton import LN_2, LOG2_E, load_query, load_rows, multiply
+from prhs_kernels.ops.split_k.triton import assign, pick
 
 
 @triton.jit
@@ -40,6 +46,153 @@ def draw_coins(audit: StepAudit) -> None:
         audit.coin, audit.seeds, audit.step, rows, audit.limit,
         BLOCK=block, num_warps=1, **pdl_options(audit.coin.device),
     )  # fmt: skip
+
+
+@triton.jit
+def score_piece(
+    q, base_ptr, first, begin, stop, length, stride_kn, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Base-2 log-sum-exp `[BLOCK_G]` of the scores of tiles [begin, stop) of `length` slots from `first` on.
+
+    The running softmax is kept per column of the tile: a reduction in the loop would wait for all warps.
+    """
+    best = tl.full([BLOCK_G, BLOCK_N], -1e30, tl.float32)  # not -inf, whose difference with itself is NaN
+    mass = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
+    for tile in range(begin, stop):
+        place = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        valid = place < length
+        k = load_rows(base_ptr, first + place, valid, stride_kn, HEAD_DIM, BLOCK_D)
+        scores = tl.where(valid[None, :], multiply(q, k, PRECISION) * scale_log2, float("-inf"))
+        higher = tl.maximum(best, scores)
+        mass = mass * tl.exp2(best - higher) + tl.exp2(scores - higher)
+        best = higher
+    top = tl.max(best, axis=1)
+    return top + tl.log2(tl.sum(mass * tl.exp2(best - top[:, None]), axis=1))
+
+
+@triton.jit
+def scan_units_kernel(
+    q_ptr,  # [batch, num_qo_heads, HEAD_DIM]
+    k_ptr,  # [batch, num_kv_heads, n, HEAD_DIM]
+    coin_ptr,  # [rows]
+    spans_ptr,  # [batch, 4]
+    visible_ptr,  # [batch]
+    count_ptr,  # [rows]
+    decision_ptr,  # [rows]
+    lse_ptr,  # [rows, GROUP]
+    part_ptr,  # [rows, GROUP, pieces], scratch, fp32
+    counters_ptr,  # [rows], zeros: pieces that are done
+    scale,
+    num_kv_heads,
+    num_rows,
+    slots,
+    pieces,
+    stride_qb,
+    stride_qh,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_previous(PDL)
+    rows = tl.arange(0, BLOCK_R)
+    inside, sequence = rows < num_rows, rows // num_kv_heads
+    seen = tl.load(visible_ptr + sequence, mask=inside, other=0)
+    picked = tl.load(coin_ptr + rows, mask=inside, other=0) != 0
+    if tl.program_id(0) == 0:
+        if HAS_COUNT:
+            kept = tl.load(count_ptr + rows, mask=inside, other=0)
+        else:
+            ptrs = spans_ptr + sequence * 4
+            kept = tl.load(ptrs + 1, mask=inside, other=0) - tl.load(ptrs, mask=inside, other=0)
+            kept += tl.load(ptrs + 3, mask=inside, other=0) - tl.load(ptrs + 2, mask=inside, other=0)
+        tl.store(decision_ptr + rows, tl.where(kept == seen, 2, 0), mask=inside)
+    tiles = tl.where(picked, tl.cdiv(seen, BLOCK_N), 0)
+    place, begin, stop, size, wanted = assign(tiles, slots, tl.program_id(0), num_rows, BLOCK_R)
+    if wanted:
+        length, used = pick(rows, place, seen), tl.cdiv(pick(rows, place, tiles), size)
+        row = place.to(tl.int64)
+        batch, head = row // num_kv_heads, row % num_kv_heads
+        first = tl.load(spans_ptr + batch * 4 + 3) - length
+        q = load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D)
+        base_ptr = k_ptr + batch * stride_kb + head * stride_kh
+        lse = score_piece(
+            q, base_ptr, first, begin, stop, length, stride_kn, scale * LOG2_E, HEAD_DIM, BLOCK_G, BLOCK_D,
+            BLOCK_N, PRECISION,
+        )  # fmt: skip
+        offs_g, offs_s = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S)
+        in_group = offs_g < GROUP
+        part_ptrs = part_ptr + (row * GROUP + offs_g) * pieces
+        tl.store(part_ptrs + begin // size, lse, mask=in_group)
+        tl.debug_barrier()  # all threads have stored before one of them reports it
+        if tl.atomic_add(counters_ptr + row, 1) == used - 1:
+            tl.store(counters_ptr + row, 0)
+            mask = in_group[:, None] & (offs_s < used)[None, :]
+            parts = tl.load(part_ptrs[:, None] + offs_s[None, :], mask=mask, other=-1e30)
+            top = tl.max(parts, axis=1)
+            whole = top + tl.log2(tl.sum(tl.exp2(parts - top[:, None]), axis=1))
+            tl.store(lse_ptr + row * GROUP + offs_g, whole * LN_2, mask=in_group)
+
+
+def scan_constants(head_dim: int, dtype: torch.dtype, rows: int, group: int, pieces: int, config: ScanConfig):
+    """Compile-time arguments of `scan_units`."""
+    return {
+        "HEAD_DIM": head_dim,
+        "GROUP": group,
+        "BLOCK_G": max(16, next_power_of_2(group)),
+        "BLOCK_D": next_power_of_2(head_dim),
+        "BLOCK_N": config.block_n,
+        "BLOCK_R": next_power_of_2(rows),
+        "BLOCK_S": next_power_of_2(pieces),
+        "PRECISION": precision(dtype),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def scan_units(
+    query: torch.Tensor, keys: torch.Tensor, audit: LayerAudit, spans: torch.Tensor, visible: torch.Tensor,
+    decision: torch.Tensor, scale: float, count: torch.Tensor | None, scratch: ScanScratch,
+) -> None:  # fmt: skip
+    """Launch; arguments as in `api.scan_units`, already checked."""
+    rows, group, pieces = scratch.parts.shape
+    config = scan_config(keys.shape[3], keys.dtype, keys.device)
+    slots = pieces - 1  # a head has what is left over besides
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    scan_units_kernel[(slots + rows,)](
+        query,
+        keys,
+        audit.coin,
+        spans,
+        visible,
+        audit.coin if count is None else count,
+        decision,
+        audit.lse,
+        scratch.parts,
+        scratch.counters,
+        scale,
+        keys.shape[1],
+        rows,
+        slots,
+        pieces,
+        query.stride(0),
+        query.stride(1),
+        *keys.stride()[:3],
+        **scan_constants(keys.shape[3], keys.dtype, rows, group, pieces, config),
+        HAS_COUNT=count is not None,
+        **pdl_options(query.device),
+    )
 
 
 @triton.jit
@@ -109,28 +262,28 @@ def count_dropped_kernel(
 
 
 def count_dropped(
-    lse_kept: torch.Tensor, decision: torch.Tensor, lse: torch.Tensor, audit: StepAudit, exact: bool,
+    lse_kept: torch.Tensor, audit: StepAudit, decision: torch.Tensor, lse: torch.Tensor | None,
     alive: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Arguments as in `api.count_dropped`, already checked."""
-    layers, rows, group = audit.coin.shape[0], audit.coin[0].numel(), lse.shape[-1]
+    layers, rows, group = audit.coin.shape[0], audit.coin[0].numel(), audit.lse.shape[-1]
     padded = next_power_of_2(group)
     count_dropped_kernel[(layers,)](
         lse_kept,
         decision,
-        lse,
+        audit.lse if lse is None else lse,
         audit.lse,
         audit.coin,
         audit.coin if alive is None else alive,
         audit.sums,
         audit.units,
         rows,
-        decision.shape[1],
-        EXACT=exact,
+        audit.coin.shape[2],
+        EXACT=lse is not None,
         HAS_ALIVE=alive is not None,
         GROUP=group,
         BLOCK_G=padded,
         BLOCK_R=min(next_power_of_2(rows), 512 // padded),
         num_warps=4,
-        **pdl_options(lse.device),
+        **pdl_options(lse_kept.device),
     )
