@@ -266,19 +266,24 @@ def test_a_sample_that_misleads(monkeypatch: pytest.MonkeyPatch) -> None:
     both(query, keys, spans, budget, rule(2, dilation=2), new_state(query, keys, 1000), poisoned(keys))
 
 
-def test_keys_that_are_no_numbers_spoil_their_own_head_only() -> None:
-    """And the search for a threshold among them ends."""
-    query, keys = separated(100, (2 * GROUP, 2), 64, torch.float32)
-    spans = candidate_spans(torch.tensor([100, 100]), torch.tensor([0, 0]), num_sinks=2).to(DEVICE)
-    budget = torch.full((BATCH, 2), 20, dtype=torch.int32, device=DEVICE)
-    found, expected = twins(new_state(query, keys, 110))
-    given = {"spans": spans, "budget": budget, "rule": rule(2), "scale": 1.0}
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize(("length", "kept"), [(100, 6), (1500, 90)])
+def test_keys_that_are_no_numbers_spoil_their_own_head_only(length: int, kept: int, value: float) -> None:
+    """One key of a head or all; what is chosen then are slots of the cache, and the search for it ends."""
+    query, keys = separated(length, (3 * GROUP, 3), 64, torch.float32)
+    spans = candidate_spans(torch.tensor([length, length]), torch.tensor([0, 0]), num_sinks=2).to(DEVICE)
+    budget = torch.full((BATCH, 3), kept, dtype=torch.int32, device=DEVICE)
+    found, expected = twins(new_state(query, keys, length + 10))
+    given = {"spans": spans, "budget": budget, "rule": rule(3), "scale": 1.0}
     retrieve(query, keys, **given, state=expected, backend="reference")
-    keys[:, 0, 50] = torch.nan
+    keys[:, 0, 50], keys[:, 1] = value, value
     retrieve(query, keys, **given, state=found, scratch=poisoned(keys), backend="triton")
-    count = int(expected.count[0, 1])
-    assert (found.count[:, 0] <= 110).all() and torch.equal(found.count[:, 1], expected.count[:, 1])
-    assert torch.equal(found.indices[0, 1, :count], expected.indices[0, 1, :count])
+    count = int(expected.count[0, 2])
+    assert torch.equal(found.count[:, 2], expected.count[:, 2])
+    assert torch.equal(found.indices[0, 2, :count], expected.indices[0, 2, :count])
+    for row, written in enumerate(found.count[:, :2].flatten().tolist()):
+        slots = found.indices[:, :2].flatten(0, 1)[row, :written]
+        assert 0 < written <= length and ((slots >= 0) & (slots < length)).all()
 
 
 def test_keeping_everything_appends_where_only_the_end_moved() -> None:

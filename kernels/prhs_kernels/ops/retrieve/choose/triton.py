@@ -67,6 +67,7 @@ def weigh_part(
         else:
             weight = tl.sum(tl.exp2(scores - lse[:, None]), axis=0)
         scores = load_scores(scores_ptr, place + BLOCK_N, tl.minimum(end, size), max_len, GROUP, BLOCK_G)
+        weight = tl.where(weight <= 2 * GROUP, weight, 2 * GROUP)  # NaN, above every number, ended no search
         bits = weight.to(tl.int32, bitcast=True)  # never negative, so its bits order like its value
         words = tl.trans(tl.reshape(tl.where(place < size, bits, -1), [BLOCK_N // 32, 32]))
         at = start // 32 + tl.arange(0, BLOCK_N // 32)
