@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from prhs_kernels.bench.compile import ARCHITECTURES, Case, full_grid, pairwise
+from prhs_kernels.bench.compile import ARCHITECTURES, MANY_ROWS, Case, full_grid, pairwise
 from prhs_kernels.ops.backend import HEAD_DIMS
 
 needs_triton = pytest.mark.skipif(
@@ -82,7 +82,8 @@ def test_a_table_counts_every_kernel() -> None:
     count = collections.Counter(case.kernel for case in full_grid())
     decode = {"sparse_decode", "dense_decode", "merge_state", "gate", "scan", "choose"}
     copies = {f"{name} {kind}" for name in ("scan", "key copy") for kind in ("int8", "fp8", "int4")}
-    assert set(count) == decode | copies | {"window_prefill", "count_dropped"}
+    assert set(count) == decode | copies | {"window_prefill", "count_dropped", MANY_ROWS}
+    assert count[MANY_ROWS] == len(ARCHITECTURES) * (len(HEAD_DIMS) - 1) * 2 * 4
     assert count["window_prefill"] == len(ARCHITECTURES) * len(HEAD_DIMS) * 3
     assert count["scan"] == count["sparse_decode"] == len(ARCHITECTURES) * len(HEAD_DIMS) * 3 * 4
     assert count["scan int4"] == len(ARCHITECTURES) * len(HEAD_DIMS) * 3 * 2

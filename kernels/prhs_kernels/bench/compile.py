@@ -35,6 +35,7 @@ DTYPES = ("bf16", "fp16", "fp32")
 GROUPS = (1, 4, 7, 16)
 ROW_LENGTHS = (1024, 4096, 32768, 131072, 1048576)
 COPIES = ("int8", "fp8", "int4")
+MANY_ROWS = "sparse_decode, many rows"
 ROWS = 64  # of a launch: only the vector of their lengths depends on it
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -73,6 +74,7 @@ def full_grid() -> list[Case]:
     heads = list(itertools.product(ARCHITECTURES, HEAD_DIMS, DTYPES, GROUPS))
     cases = [Case(k, *axes) for k in ("sparse_decode", "dense_decode", "scan", "gate") for axes in heads]
     sizes = list(itertools.product(ARCHITECTURES, HEAD_DIMS, DTYPES))
+    cases += [Case(MANY_ROWS, *axes) for axes in heads if axes[1] <= 128 and axes[2] != "fp32"]
     cases += [Case("merge_state", *axes) for axes in sizes]
     for copy in COPIES:
         cases += [Case(f"key copy {copy}", *axes) for axes in sizes]
@@ -184,7 +186,8 @@ def _resource_usage(cubin: bytes, package: Path) -> dict[str, int]:
 def _decode_constants(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     dtype = TORCH_DTYPES[case.dtype]
     query = torch.empty(1, case.group, 1, case.head_dim, dtype=dtype, device="meta")
-    shape = tile(case.kernel, case.head_dim, dtype, query.device, case.arch)
+    shape = tile(case.kernel.partition(",")[0], case.head_dim, dtype, query.device, case.arch)
+    shape = (shape.many or shape) if case.kernel == MANY_ROWS else shape
     config = DecodeConfig(shape.block_n, shape.num_warps, shape.num_stages, num_splits=8)
     constants = config.constants(query, 1)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
@@ -276,6 +279,7 @@ def _count_dropped(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
 
 _KERNELS: dict[str, Callable[[Case], tuple[Any, dict[str, Any], dict[str, int]]]] = {
     "sparse_decode": _sparse,
+    MANY_ROWS: _sparse,
     "dense_decode": _dense,
     "merge_state": _merge,
     "window_prefill": _prefill,

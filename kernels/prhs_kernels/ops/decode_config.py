@@ -74,7 +74,10 @@ def sparse_config(
     a head with many positions gets more splits of that size.
     """
     shape = tile("sparse_decode", query.shape[-1], query.dtype, query.device)
-    rows, at_once = max(1, query.shape[0] * num_kv_heads), shape.per_sm * num_sms(query.device)
+    rows, sms = max(1, query.shape[0] * num_kv_heads), num_sms(query.device)
+    if shape.many is not None and rows > shape.per_sm * sms:
+        shape = shape.many
+    at_once = shape.per_sm * sms
     if num_splits is not None:
         return DecodeConfig(shape.block_n, shape.num_warps, shape.num_stages, min(num_splits, MAX_SPLITS))
     mean = max(1, min(mean_kept or max_kept, max_kept))

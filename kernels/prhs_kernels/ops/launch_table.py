@@ -14,17 +14,19 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """block_n: keys per iteration; per_sm: programs that are meant to run at once on a multiprocessor."""
+    """block_n: keys per iteration; per_sm: programs that are meant to run at once on a multiprocessor; many:
+    what to take where there are more rows than such programs, so that each of them has one of its own."""
 
     block_n: int
     num_warps: int
     num_stages: int
     per_sm: int = 1
+    many: Tile | None = None
 
 
 # (kernel, bits of the dtype, largest head_dim of the entry)
 _SM90 = {
-    ("sparse_decode", 16, 128): Tile(64, 4, 3, per_sm=3),
+    ("sparse_decode", 16, 128): Tile(64, 4, 3, per_sm=3, many=Tile(64, 2, 2, per_sm=4)),
     ("sparse_decode", 16, 256): Tile(32, 4, 3, per_sm=3),
     ("sparse_decode", 32, 256): Tile(16, 8, 2, per_sm=3),
     ("dense_decode", 16, 128): Tile(64, 4, 3, per_sm=3),
