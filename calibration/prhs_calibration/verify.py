@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prhs_calibration import corpus, memory, risk
+from prhs_calibration import betting, corpus, memory
 from prhs_calibration.bounds import fano_envelope
 from prhs_calibration.bundle import Bundle
 from prhs_calibration.comparison import compare_attention
@@ -45,7 +45,7 @@ class VerificationReport:
     dial_index: int
     lam: float
     same_corpus: bool
-    decision: risk.Decision
+    decision: betting.Decision
     losses: np.ndarray
     dropped_mass: np.ndarray
     tail: np.ndarray
@@ -68,7 +68,7 @@ class VerificationReport:
     @property
     def verdict(self) -> str:
         """held, violated or undecided; a failed theorem is a violation whatever the interval says."""
-        return str(risk.Verdict.VIOLATED) if self.violations else str(self.decision.verdict)
+        return str(betting.Verdict.VIOLATED) if self.violations else str(self.decision.verdict)
 
     @property
     def worst(self) -> tuple[int, int]:
@@ -238,7 +238,7 @@ def verify_bound(
         lam=float(bundle.dial[index]),
         same_corpus=length == bundle.metadata.context_length
         and bundle.metadata.report.get("corpus") == ("given" if sources else "built-in"),
-        decision=risk.decide(losses, delta, confidence),
+        decision=betting.decide(losses, delta, confidence),
         losses=losses,
         **{name: table.mean(axis=0) for name, table in tables.items()},
         fano_of_delta=_fano_of(delta, prompts),

@@ -15,12 +15,12 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import beta, binom
 
-from prhs_calibration import risk
-from prhs_calibration.risk import Target, Verdict
+from prhs_calibration import betting, risk
+from prhs_calibration.betting import Verdict
+from prhs_calibration.risk import Target
 from prhs_kernels.errors import InputError, UsageError
 
 Array = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 FLUKE = 1e-6
 
 
@@ -131,7 +131,7 @@ def test_unusable_tables_of_losses() -> None:
         with pytest.raises(UsageError, match="between 0 and 1"):
             risk.choose_dial(good, wrong)
     with pytest.raises(UsageError, match="no prompts"):
-        risk.decide([], 0.02)
+        betting.decide([], 0.02)
 
 
 # --- learn then test --------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_high_probability_promise() -> None:
         loss = (rng.random((n, num_points)) < true_risk).astype(float)
         index = risk.choose_dial(loss, delta, Target.HIGH_PROBABILITY, 1 - alpha).index
         broken += int(true_risk[index] > delta)
-        broken_unordered += int((risk.betting_p_value(loss.T[:-1], delta) <= alpha).any())
+        broken_unordered += int((betting.betting_p_value(loss.T[:-1], delta) <= alpha).any())
     assert within_promise(broken, 1000, alpha)
     assert broken > 15  # near the level: the test is as powerful as this law allows
     assert not within_promise(broken_unordered, 1000, alpha)
@@ -185,7 +185,7 @@ LAWS = {
 def test_betting_bounds_cover(name: str, n: int) -> None:
     draw, mean = LAWS[name]
     rng = np.random.default_rng(4)
-    b = risk.mean_bounds(draw(rng, (600, n)), 0.9)
+    b = betting.mean_bounds(draw(rng, (600, n)), 0.9)
     assert bool((b.lower <= b.mean).all() and (b.mean <= b.upper).all())
     assert within_promise(int((b.upper < mean).sum()), 600, 0.1)
     assert within_promise(int((b.lower > mean).sum()), 600, 0.1)
@@ -194,14 +194,14 @@ def test_betting_bounds_cover(name: str, n: int) -> None:
 def test_t_bounds_fail_the_same_check() -> None:
     """Why betting: with rare large losses, most draws show none and Student's t is sure of itself."""
     draw, mean = LAWS["rare ones"]
-    b = risk.mean_bounds(draw(np.random.default_rng(5), (600, 30)), 0.9)
+    b = betting.mean_bounds(draw(np.random.default_rng(5), (600, 30)), 0.9)
     assert not within_promise(int((b.t_upper < mean).sum()), 600, 0.1)
 
 
 def test_betting_p_value_is_valid() -> None:
     rng = np.random.default_rng(6)
     for draw, mean in LAWS.values():
-        p = risk.betting_p_value(draw(rng, (800, 60)), mean)
+        p = betting.betting_p_value(draw(rng, (800, 60)), mean)
         for level in (0.01, 0.05, 0.2):
             assert within_promise(int((p <= level).sum()), 800, level)
 
@@ -209,38 +209,38 @@ def test_betting_p_value_is_valid() -> None:
 def test_bounds_do_not_depend_on_the_order() -> None:
     rng = np.random.default_rng(7)
     x = rng.beta(1, 40, 200)
-    a, b = risk.mean_bounds(x), risk.mean_bounds(np.sort(x))
+    a, b = betting.mean_bounds(x), betting.mean_bounds(np.sort(x))
     assert a.lower == pytest.approx(b.lower, abs=1e-12)
     assert a.upper == pytest.approx(b.upper, abs=1e-12)
 
 
 def test_bounds_agree_with_the_test_they_invert() -> None:
     x = np.random.default_rng(8).beta(1, 60, 120)
-    upper = float(risk.mean_bounds(x, 0.95).upper)
-    assert risk.betting_p_value(x, upper + 1e-9) <= 0.05 < risk.betting_p_value(x, upper - 1e-9)
+    upper = float(betting.mean_bounds(x, 0.95).upper)
+    assert betting.betting_p_value(x, upper + 1e-9) <= 0.05 < betting.betting_p_value(x, upper - 1e-9)
 
 
 def test_upper_bound_at_zero_loss_is_nearly_the_exact_binomial_one() -> None:
     """Nothing lost in n prompts: no valid bound is below `1 - α^(1/n)`."""
     for n in (20, 149, 1000):
         exact = 1 - 0.05 ** (1 / n)
-        upper = float(risk.mean_bounds(np.zeros(n)).upper)
+        upper = float(betting.mean_bounds(np.zeros(n)).upper)
         assert exact <= upper <= 1.005 * exact
 
 
 def test_bounds_shrink_to_the_mean() -> None:
     rng = np.random.default_rng(9)
     x = rng.beta(3, 7, 20_000)
-    b = risk.mean_bounds(x)
+    b = betting.mean_bounds(x)
     assert b.upper - b.lower < 0.02
     assert b.lower < 0.3 < b.upper
 
 
 def test_bounds_of_extreme_samples() -> None:
-    ones, zeros = risk.mean_bounds(np.ones(50)), risk.mean_bounds(np.zeros(50))
+    ones, zeros = betting.mean_bounds(np.ones(50)), betting.mean_bounds(np.zeros(50))
     assert ones.upper == pytest.approx(1) and 0.9 < ones.lower < 1
     assert zeros.lower == 0 and 0 < zeros.upper < 0.1
-    single = risk.mean_bounds([0.3])
+    single = betting.mean_bounds([0.3])
     assert single.t_lower == 0 and single.t_upper == 1
 
 
@@ -250,10 +250,10 @@ def test_bounds_of_extreme_samples() -> None:
 def test_verdicts() -> None:
     rng = np.random.default_rng(10)
     x = rng.beta(4, 396, 400)  # mean 0.01, standard deviation 0.005
-    held = risk.decide(x, 0.02)
+    held = betting.decide(x, 0.02)
     assert held.verdict is Verdict.HELD and held.lower < 0.01 < held.upper <= 0.02
-    assert risk.decide(x[:50], 0.02).verdict is Verdict.UNDECIDED
-    violated = risk.decide(6 * x[:50], 0.02)
+    assert betting.decide(x[:50], 0.02).verdict is Verdict.UNDECIDED
+    violated = betting.decide(6 * x[:50], 0.02)
     assert violated.verdict is Verdict.VIOLATED and violated.lower > 0.02
     assert (held.num_prompts, held.delta, held.confidence) == (400, 0.02, 0.95)
 
@@ -261,7 +261,7 @@ def test_verdicts() -> None:
 def test_wrong_verdicts_are_rare() -> None:
     """At a mean of exactly δ "violated" is wrong; just above it "held" is. Each at most 1 - confidence."""
     rng = np.random.default_rng(11)
-    verdicts = [risk.decide((rng.random(60) < 0.1).astype(float), 0.1, 0.9).verdict for _ in range(400)]
+    verdicts = [betting.decide((rng.random(60) < 0.1).astype(float), 0.1, 0.9).verdict for _ in range(400)]
     assert within_promise(verdicts.count(Verdict.VIOLATED), 400, 0.1)
     assert within_promise(verdicts.count(Verdict.HELD), 400, 0.1)
 
@@ -271,7 +271,7 @@ def test_three_times_delta_is_found_with_few_prompts() -> None:
     rng = np.random.default_rng(12)
     for _ in range(20):
         losses = rng.beta(3.7, 58, 24)
-        assert risk.decide(losses, 0.02).verdict is Verdict.VIOLATED
+        assert betting.decide(losses, 0.02).verdict is Verdict.VIOLATED
 
 
 @pytest.mark.parametrize("mean, most", [(0.005, 210), (0.008, 265), (0.010, 325), (0.012, 410)])
@@ -280,7 +280,7 @@ def test_few_prompts_are_enough_for_low_losses(mean: float, most: int) -> None:
     rng = np.random.default_rng(13)
     a, b = 4 * (1 - mean), 4 * (1 - mean) / mean * (1 - mean)  # spread of about half the mean
     assert beta.std(a, b) == pytest.approx(0.5 * mean, rel=0.05)
-    held = (risk.mean_bounds(rng.beta(a, b, (200, most))).upper <= 0.02).mean()
+    held = (betting.mean_bounds(rng.beta(a, b, (200, most))).upper <= 0.02).mean()
     assert held >= 0.9
     least = math.log(0.9 / 0.05) / math.log((1 - mean) / 0.98)
     hoeffding = math.log(1 / 0.05) / (2 * (0.02 - mean) ** 2)
@@ -291,120 +291,13 @@ def test_prompts_to_decide() -> None:
     rng = np.random.default_rng(14)
     for mean in (0.005, 0.010, 0.05):
         sample = rng.beta(4, 4 / mean - 4, 50)
-        estimate = risk.prompts_to_decide(sample, 0.02)
+        estimate = betting.prompts_to_decide(sample, 0.02)
         assert estimate is not None
         fresh = rng.beta(4, 4 / mean - 4, (200, math.ceil(1.3 * estimate) + 2))
-        bounds = risk.mean_bounds(fresh)
+        bounds = betting.mean_bounds(fresh)
         decided = (bounds.upper <= 0.02) | (bounds.lower > 0.02)
         assert decided.mean() > 0.6
-        half = risk.mean_bounds(fresh[:, : max(1, estimate // 2)])
+        half = betting.mean_bounds(fresh[:, : max(1, estimate // 2)])
         assert ((half.upper <= 0.02) | (half.lower > 0.02)).mean() < 0.6
-    assert risk.prompts_to_decide([0.0], 0.02) == 149
-    assert risk.prompts_to_decide([0.02], 0.02) is None
-
-
-# --- audit ------------------------------------------------------------------------------------------------
-
-
-def drifting_run(rng: np.random.Generator, runs: int, units: int) -> tuple[Array, Mask]:
-    """Dropped mass `[runs, units]` and which units retrieved: mass grows since the last retrieval and over
-    time."""
-    retrieved = rng.random((runs, units)) < 0.4
-    drift = np.linspace(0.0, 0.1, units) * (1 + np.sin(np.arange(units) / 40))
-    mass = np.where(rng.random((runs, units)) < 0.2, 3 * drift, 0.5 * drift)
-    return np.where(retrieved, 0.004, np.clip(mass, 0, 1)), retrieved
-
-
-def audited(mass: Array, retrieved: Mask, coin: Mask, p: float, confidence: float) -> risk.AuditBounds:
-    seen = coin & ~retrieved
-    return risk.audit_bounds(
-        retrieval_sum=np.cumsum(mass * retrieved, -1),
-        num_retrievals=np.cumsum(retrieved, -1),
-        audited_sum=np.cumsum(mass * seen, -1),
-        num_audited=np.cumsum(seen, -1),
-        num_others=np.cumsum(~retrieved, -1),
-        probability=p,
-        confidence=confidence,
-    )
-
-
-@pytest.mark.parametrize("p", [0.05, 0.3])
-def test_audit_covers_a_drifting_mean_at_all_times(p: float) -> None:
-    rng = np.random.default_rng(15)
-    mass, retrieved = drifting_run(rng, 400, 3000)
-    b = audited(mass, retrieved, rng.random(mass.shape) < p, p, 0.8)
-    realised = np.cumsum(mass, -1) / np.arange(1, 3001)
-    broken = ((b.lower > realised + 1e-12) | (b.upper < realised - 1e-12)).any(-1)
-    assert within_promise(int(broken.sum()), 400, 0.2)
-    spread = b.estimate[:, -1].std() / math.sqrt(400)
-    assert abs(b.estimate[:, -1].mean() - realised[:, -1].mean()) < 5 * spread  # unbiased
-
-
-def test_audit_covers_units_that_react_to_the_coin() -> None:
-    """Retrieve on violation: after an audit that sees much, the next 20 units drop little."""
-    rng = np.random.default_rng(16)
-    runs, units, p = 400, 1500, 0.1
-    coin, noise = rng.random((runs, units)) < p, rng.random((runs, units))
-    mass, calm = np.zeros((runs, units)), np.zeros(runs)
-    for t in range(units):
-        mass[:, t] = np.where(calm > 0, 0.01, 0.2 * noise[:, t])
-        calm = np.where(coin[:, t] & (mass[:, t] > 0.1), 20, calm - 1)
-    b = audited(mass, np.zeros_like(coin), coin, p, 0.8)
-    realised = np.cumsum(mass, -1) / np.arange(1, units + 1)
-    broken = ((b.lower > realised + 1e-12) | (b.upper < realised - 1e-12)).any(-1)
-    assert within_promise(int(broken.sum()), 400, 0.2)
-
-
-def test_audit_without_its_logarithm_fails_the_same_check() -> None:
-    rng = np.random.default_rng(17)
-    mass = (rng.random((400, 3000)) < 0.02).astype(float)
-    coin = rng.random(mass.shape) < 0.05
-    total, observed = np.cumsum(mass, -1), np.cumsum(mass * coin, -1)
-    a = risk.AUDIT_GRID[0]
-    broken = (a * observed / (0.05 * -np.expm1(-a)) < total).any(-1)
-    assert not within_promise(int(broken.sum()), 400, 0.2)
-
-
-def test_pooled_estimator_is_biased() -> None:
-    """Retrievals and audited units in one unweighted mean: 0.0076 where 0.024 is true. Ours has no bias."""
-    rng = np.random.default_rng(18)
-    retrieved = np.tile([True, False], 20_000)
-    mass = np.where(retrieved, 0.004, 0.044)
-    coin = rng.random(retrieved.shape) < 0.1
-    measured = retrieved | coin
-    assert mass.mean() == pytest.approx(0.024)
-    assert mass[measured].mean() == pytest.approx(0.0076, abs=5e-4)
-    b = audited(mass, retrieved, coin, 0.1, 0.95)
-    assert b.estimate[-1] == pytest.approx(0.024, abs=1.5e-3)
-    assert mass[measured].mean() < b.lower[-1] < 0.024 < b.upper[-1]
-
-
-def test_audit_of_everything_is_exact() -> None:
-    mass = np.random.default_rng(19).random(50)
-    retrieved = np.arange(50) % 4 == 0
-    b = audited(mass, retrieved, np.ones(50, dtype=bool), 1.0, 0.95)
-    for bound in (b.estimate, b.lower, b.upper):
-        np.testing.assert_allclose(bound, np.cumsum(mass) / np.arange(1, 51))
-
-
-def test_audit_verdicts() -> None:
-    def at(num_audited: int, audited_sum: float) -> Verdict:
-        return risk.audit_bounds(
-            retrieval_sum=0.0,
-            num_retrievals=0,
-            audited_sum=audited_sum,
-            num_audited=num_audited,
-            num_others=20 * num_audited,
-            probability=0.05,
-        ).verdict(0.02)
-
-    needed = risk.audited_units_needed(0.02)
-    assert 150 < needed < 300
-    assert at(needed, 0.0) is Verdict.HELD
-    assert at(needed - 2, 0.0) is Verdict.UNDECIDED
-    assert at(1, 0.3) is Verdict.UNDECIDED  # one unit above δ refutes nothing
-    assert at(1000, 80.0) is Verdict.VIOLATED
-    with pytest.raises(UsageError, match="audit probability"):
-        risk.audit_bounds(
-            retrieval_sum=0, num_retrievals=0, audited_sum=0, num_audited=0, num_others=1, probability=0
-        )
+    assert betting.prompts_to_decide([0.0], 0.02) == 149
+    assert betting.prompts_to_decide([0.02], 0.02) is None

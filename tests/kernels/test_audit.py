@@ -95,6 +95,37 @@ def test_it_holds_at_every_step_at_once() -> None:
     assert missed <= int(scipy.stats.binom.isf(1e-6, 400, 1 - CONFIDENCE))
 
 
+def test_it_holds_for_units_that_react_to_the_coin() -> None:
+    """After an audit that finds much, the next twenty units drop little; looked at after every unit."""
+    rng = np.random.default_rng(4)
+    missed = 0
+    for _ in range(200):
+        coin, noise = rng.random(400) < P, rng.random(400)
+        mass, calm = np.zeros(400), 0
+        for t in range(400):
+            mass[t] = 0.01 if calm > 0 else 0.2 * noise[t]
+            calm = 20 if coin[t] and mass[t] > 0.1 else calm - 1
+        totals, found = np.cumsum(mass), np.cumsum(mass * coin)
+        for end in range(1, 401):
+            lower, upper = Audit(0, 0.0, end, coin[:end].sum(), found[end - 1], P).interval(CONFIDENCE)
+            if not lower <= totals[end - 1] / end <= upper:
+                missed += 1
+                break
+    assert missed <= int(scipy.stats.binom.isf(1e-6, 200, 1 - CONFIDENCE))
+
+
+def test_retrievals_are_no_sample_of_the_rest() -> None:
+    """Half of the units retrieve, where little is dropped: pooling says 0.0076 where 0.024 is true."""
+    retrieved = np.tile([True, False], 20_000)
+    mass = np.where(retrieved, 0.004, 0.044)
+    coin = np.random.default_rng(5).random(retrieved.shape) < 0.1
+    found = audit(mass, coin, retrieved, 0.1)
+    pooled = (found.exact_mass + found.audited_mass) / (found.exact_units + found.audited_units)
+    lower, upper = found.interval()
+    assert mass.mean() == pytest.approx(0.024) and pooled == pytest.approx(0.0076, abs=5e-4)
+    assert found.estimate == pytest.approx(0.024, abs=1.5e-3) and pooled < lower < 0.024 < upper
+
+
 def test_a_bound_without_its_penalty_would_miss() -> None:
     """Or the coverage tests could not fail."""
     rng = np.random.default_rng(3)
