@@ -117,9 +117,10 @@ def run(
     """Evaluate and write the result file; return its path and content."""
     from prhs_calibration import results
     from prhs_calibration.evaluation import evaluate as library
+    from prhs_calibration.evaluation.plan import Plan
 
     own, public = library.split_tasks(tasks)
-    plan = library.Plan(own, tuple(lengths or ()), public=public, **settings)
+    plan = Plan(own, tuple(lengths or ()), public=public, **settings)
     path = results.output_path(output, library.KIND)
     loaded = load_model(out, source.model, revision=source.revision, device=source.device, dtype=source.dtype)
     bundle = choose_bundle(out, loaded, source.bundle) if plan.needs_bundle else None

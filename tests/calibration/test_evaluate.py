@@ -19,8 +19,9 @@ from prhs_calibration.evaluation import closed_loop, lm_harness, rows
 from prhs_calibration.evaluation import evaluate as library
 from prhs_calibration.evaluation.bootstrap import PairedBootstrap, average, interval
 from prhs_calibration.evaluation.closed_loop import match_dials, run_points
-from prhs_calibration.evaluation.evaluate import Plan, evaluate, open_store, outcome_of, steps_of
+from prhs_calibration.evaluation.evaluate import evaluate, open_store, outcome_of, steps_of
 from prhs_calibration.evaluation.fitting import fitted
+from prhs_calibration.evaluation.plan import Plan
 from prhs_calibration.evaluation.points import BASELINES, COMPARED, Point, points
 from prhs_calibration.evaluation.store import Store
 from prhs_calibration.evaluation.tasks import TASKS, Example

@@ -14,8 +14,9 @@ import torch
 from prhs_calibration.bundle import Bundle
 from prhs_calibration.bundle_format import BundleMetadata
 from prhs_calibration.evaluation import closed_loop
-from prhs_calibration.evaluation.evaluate import Plan, evaluate, open_store
+from prhs_calibration.evaluation.evaluate import evaluate, open_store
 from prhs_calibration.evaluation.harness_model import PrhsLM, _before
+from prhs_calibration.evaluation.plan import Plan
 from prhs_calibration.evaluation.points import Point
 from prhs_calibration.evaluation.store import Store
 from prhs_calibration.fingerprint import fingerprint_of

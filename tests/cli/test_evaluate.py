@@ -259,7 +259,7 @@ def test_commands_of_the_reproduction_page_are_ones_that_exist() -> None:
     """Parsed, not run."""
     import typer
 
-    from prhs_calibration.evaluation.evaluate import Plan
+    from prhs_calibration.evaluation.plan import Plan
     from prhs_cli.app import app
 
     from .conftest import ROOT

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from prhs_kernels.bench.compile import ARCHITECTURES, MANY_ROWS, Case, full_grid, pairwise
+from prhs_kernels.bench.compile_cases import ARCHITECTURES, MANY_ROWS, Case, full_grid, pairwise
 from prhs_kernels.ops.backend import HEAD_DIMS
 
 needs_triton = pytest.mark.skipif(

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,9 +15,9 @@ from prhs_calibration import results
 from prhs_calibration.evaluation import closed_loop, lm_harness, points, rows
 from prhs_calibration.evaluation.bootstrap import RESAMPLES, PairedBootstrap
 from prhs_calibration.evaluation.closed_loop import Steps
-from prhs_calibration.evaluation.comparison import BUDGETS
 from prhs_calibration.evaluation.fitting import fitted
-from prhs_calibration.evaluation.points import DEFAULTS, DENSE, PREHOC, Matches, Point
+from prhs_calibration.evaluation.plan import ITEMS, Plan
+from prhs_calibration.evaluation.points import Matches, Point
 from prhs_calibration.evaluation.store import Store
 from prhs_calibration.evaluation.tasks import TASKS, Example
 from prhs_kernels.errors import UsageError
@@ -30,62 +30,9 @@ if TYPE_CHECKING:
     from prhs_kernels.ops.backend import Backend
 
 KIND = "evaluate"
-LENGTHS = (2048, 4096)  # tokens, as far as the model's context allows
 MATCHING_ITEMS = 2  # per task and length, on which the dial of a budget is found; never scored
-_ITEMS = 1_000_000  # item numbers of one seed; those used for matching are the last ones
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to run. `budgets` are attended fractions; `delta` adds PrHS at the dial that promises it.
-
-    published: also every comparison method at the budgets of its publication.
-    backend: of dense attention and PrHS in the built-in tasks; other methods run on the reference.
-    """
-
-    tasks: tuple[str, ...]
-    lengths: tuple[int, ...]
-    selectors: tuple[str, ...] = (DENSE, *DEFAULTS)
-    budgets: tuple[float, ...] = BUDGETS
-    samples: int = 16  # per task and length
-    templates: Literal["seen", "unseen"] = "seen"
-    delta: float | None = None
-    seed: int = 0
-    confidence: float = 0.95
-    public: tuple[str, ...] = ()  # tasks of lm-evaluation-harness
-    task_path: str | None = None  # folder with more task files for it
-    published: bool = False
-    backend: Literal["auto", "reference", "triton"] = "auto"
-
-    def __post_init__(self) -> None:
-        points.check_selectors(self.selectors)
-        points.check_budgets(self.budgets)
-        unknown = [name for name in self.tasks if name not in TASKS]
-        if unknown:
-            raise UsageError(f"task {unknown[0]!r}: choose from {', '.join(TASKS)}")
-        if not 0 < self.samples <= _ITEMS // 2:
-            raise UsageError(f"samples = {self.samples} must be in [1, {_ITEMS // 2}]")
-        if not 0 < self.confidence < 1:
-            raise UsageError(f"confidence {self.confidence} must be in (0, 1)")
-        asked = self.budgets or self.delta is not None or self.published
-        if not asked and set(self.selectors) != {DENSE}:
-            raise UsageError("no budget and no delta: give at least one for selectors other than dense")
-
-    @property
-    def cells(self) -> list[tuple[str, int]]:
-        """Task and length of every table."""
-        return [(task, length) for length in self.lengths for task in self.tasks]
-
-    @property
-    def needs_bundle(self) -> bool:
-        return PREHOC in self.selectors
-
-    def for_context(self, context_length: int) -> Plan:
-        """Without lengths: those of `LENGTHS` that fit in `context_length` tokens, else all of it."""
-        fitting = tuple(length for length in LENGTHS if length <= context_length)
-        return dataclasses.replace(self, lengths=self.lengths or fitting or (context_length,))
 
 
 def split_tasks(names: Sequence[str] | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -195,7 +142,7 @@ def evaluate(
 
 
 def _item(loaded: LoadedModel, plan: Plan, task: str, length: int, number: int) -> Example:
-    seed = plan.seed * _ITEMS + number
+    seed = plan.seed * ITEMS + number
     try:
         return TASKS[task].build(loaded.tokenizer, length=length, seed=seed, templates=plan.templates)
     except UsageError as error:
@@ -225,7 +172,7 @@ def _match(
     found: list[Matches] = []
 
     def prompts(task: str, length: int) -> list[Steps]:
-        items = range(_ITEMS - MATCHING_ITEMS, _ITEMS)
+        items = range(ITEMS - MATCHING_ITEMS, ITEMS)
         return [steps_of(_item(loaded, plan, task, length, item)) for item in items]
 
     for number, cell in enumerate(plan.cells):

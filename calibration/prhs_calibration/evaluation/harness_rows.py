@@ -14,7 +14,7 @@ from prhs_calibration.evaluation.points import DENSE, Point
 from prhs_kernels.runtime.stats import DecodeStats
 
 if TYPE_CHECKING:
-    from prhs_calibration.evaluation.evaluate import Plan
+    from prhs_calibration.evaluation.plan import Plan
 
 Run = tuple[Point, DecodeStats, dict[str, Any]]  # what the harness returned for a point, and what it cost
 

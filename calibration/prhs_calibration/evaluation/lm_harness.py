@@ -29,7 +29,7 @@ from prhs_kernels.selectors.baselines import Baseline
 
 if TYPE_CHECKING:
     from prhs_calibration.bundle import Bundle
-    from prhs_calibration.evaluation.evaluate import Plan
+    from prhs_calibration.evaluation.plan import Plan
     from prhs_calibration.evaluation.store import Store
     from prhs_calibration.models import LoadedModel
 
