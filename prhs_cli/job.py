@@ -94,7 +94,7 @@ class Job:
         if cut:
             limit, where = min(cut)
             others = f" (and {len(cut) - 1} other prompts are cut)" if len(cut) > 1 else ""
-            self.out.note(f"at most {limit} new tokens of {where} fit the context of {context}{others}")
+            self.out.note(f"{where}: at most {limit} new tokens fit the context of {context}{others}")
         return requests
 
     def steps(

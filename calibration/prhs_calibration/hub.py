@@ -217,8 +217,8 @@ def _download(model_id: str, revision: str | None, patterns: list[str], online: 
             why = "HF_HUB_OFFLINE is set" if _is_offline() else "the hub cannot be reached"
             at = f" at revision {revision}" if revision else ""
             translated = InputError(
-                f"{model_id}{at} is not completely on disk and {why}; connect, or choose a model that is on "
-                "disk (`prhs models`)"
+                f"{model_id}{at} is no folder here and not completely on disk as a hub model, and {why}; "
+                "check the path, connect, or choose a model that is on disk (`prhs models`)"
             )
         raise translated from error
     return pathlib.Path(folder)
