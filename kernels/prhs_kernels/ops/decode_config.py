@@ -11,7 +11,9 @@ from prhs_kernels.ops.backend import num_sms
 from prhs_kernels.ops.launch_table import tile
 
 MAX_SPLITS = 64
-START, MERGE = 1.5, 1.5  # what a program's start and end take, and merging splits, in iterations
+# in iterations of programs that fill a multiprocessor: the start and end of these, merging splits, and an
+# iteration of two programs or more that leave room on it; one alone waits for memory all the time
+START, MERGE, SPARSE = 1.5, 1.5, 0.85
 
 
 def next_power_of_2(n: int) -> int:
@@ -69,23 +71,25 @@ def sparse_config(
 ) -> DecodeConfig:  # fmt: skip
     """Launch shape for sets of `mean_kept` positions, at most `max_kept`, depends on shapes only.
 
-    A KV head of the mean size gets as many splits as take least time in waves of programs that run at once.
+    A KV head of the mean size gets as many splits as take least time in waves of programs that run at once;
+    few programs with as much to do in all take less than many, since each has a start and an end.
     Counts are known on the device only: where some may be far above the mean there are more programs, so that
     a head with many positions gets more splits of that size.
     """
     shape = tile("sparse_decode", query.shape[-1], query.dtype, query.device)
     rows, sms = max(1, query.shape[0] * num_kv_heads), num_sms(query.device)
-    if shape.many is not None and rows > shape.per_sm * sms:
+    if shape.many is not None and 2 * rows > shape.per_sm * sms:
         shape = shape.many
-    at_once = shape.per_sm * sms
     if num_splits is not None:
         return DecodeConfig(shape.block_n, shape.num_warps, shape.num_stages, min(num_splits, MAX_SPLITS))
     mean = max(1, min(mean_kept or max_kept, max_kept))
     tiles = -(-mean // shape.block_n)
 
     def cost(splits: int) -> float:
-        waves = -(-rows * splits // at_once)
-        return waves * (-(-tiles // splits) + START) + (MERGE if splits > 1 else 0)
+        running = -(-rows * splits // sms)
+        iteration = SPARSE if 1 < running < shape.per_sm else 1.0
+        wave = -(-tiles // splits) * iteration + START * min(running / shape.per_sm, 1.0)
+        return -(-running // shape.per_sm) * wave + (MERGE if splits > 1 else 0)
 
     wanted = min(range(1, min(tiles, MAX_SPLITS) + 1), key=cost)
     room = min(4, max_kept // mean)

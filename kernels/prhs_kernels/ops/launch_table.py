@@ -15,7 +15,7 @@ import torch
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """block_n: keys per iteration; per_sm: programs that are meant to run at once on a multiprocessor; many:
-    what to take where there are more rows than such programs, so that each of them has one of its own."""
+    what to take where there are more rows than half of these."""
 
     block_n: int
     num_warps: int

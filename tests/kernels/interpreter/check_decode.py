@@ -279,16 +279,16 @@ def test_sparse_splits_by_waves_of_programs(monkeypatch: pytest.MonkeyPatch) -> 
     def chosen(rows: int, kept: int, max_kept: int = 0) -> tuple[int, int]:
         query = torch.empty(rows, 4, 1, 128, dtype=torch.bfloat16)
         config = decode_config.sparse_config(query, 1, max_kept or kept, mean_kept=kept)
-        assert config.num_warps == (4 if rows <= 3 * 132 else 2), (
-            "more rows than fit: four programs of two warps"
-        )
+        assert config.num_warps == (4 if 2 * rows <= 3 * 132 else 2), "many rows: four programs of two warps"
         return config.num_splits, config.least_tiles
 
-    assert chosen(64, 1024) == (6, 3), "384 programs in one wave"
-    assert chosen(128, 1024) == (3, 6)
+    assert chosen(64, 1024) == (4, 4), "256 programs, two per multiprocessor, 8 tiles on each; 384 have 9"
+    assert chosen(128, 1024) == (3, 6), "384 programs in one wave"
+    assert chosen(128, 2048) == (3, 11) and chosen(128, 512) == (2, 4)
+    assert chosen(256, 1024) == (2, 8) and chosen(32, 512) == (8, 1)
     assert chosen(512, 256) == (1, 4), "1024 programs and a merge would take longer than 512"
     assert chosen(512, 512) == (1, 8) and chosen(396, 256) == (1, 4)
     assert chosen(8, 1024) == (16, 1)
-    assert chosen(64, 1024, 32768) == (24, 3)
-    assert chosen(64, 1024, 1200) == (6, 3) and chosen(64, 1024, 2048) == (12, 3)
+    assert chosen(64, 1024, 32768) == (16, 4)
+    assert chosen(64, 1024, 1200) == (4, 4) and chosen(64, 1024, 2048) == (8, 4)
     assert chosen(64, 1) == (1, 1)
