@@ -15,7 +15,7 @@ from prhs_kernels.ops.audit.state import LayerAudit, ScanScratch, StepAudit
 from prhs_kernels.ops.decode_config import next_power_of_2, precision
 from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
 from prhs_kernels.ops.retrieve.config import ScanConfig, scan_config
-from prhs_kernels.ops.sparse_decode.triton import LN_2, LOG2_E, load_query, load_rows, multiply
+from prhs_kernels.ops.sparse_decode.triton import LN_2, LOG2_E, load_key_chunks, load_query_chunks, multiply
 from prhs_kernels.ops.split_k.triton import assign, pick
 
 
@@ -63,7 +63,7 @@ def score_piece(
     for tile in range(begin, stop):
         place = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         valid = place < length
-        k = load_rows(base_ptr, first + place, valid, stride_kn, HEAD_DIM, BLOCK_D)
+        k = load_key_chunks(base_ptr, first + place, valid, stride_kn, HEAD_DIM, BLOCK_D, PRECISION)
         scores = tl.where(valid[None, :], multiply(q, k, PRECISION) * scale_log2, float("-inf"))
         higher = tl.maximum(best, scores)
         mass = mass * tl.exp2(best - higher) + tl.exp2(scores - higher)
@@ -125,7 +125,9 @@ def scan_units_kernel(
         row = place.to(tl.int64)
         batch, head = row // num_kv_heads, row % num_kv_heads
         first = tl.load(spans_ptr + batch * 4 + 3) - length
-        q = load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D)
+        q = load_query_chunks(
+            q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D, PRECISION
+        )
         base_ptr = k_ptr + batch * stride_kb + head * stride_kh
         lse = score_piece(
             q, base_ptr, first, begin, stop, length, stride_kn, scale * LOG2_E, HEAD_DIM, BLOCK_G, BLOCK_D,

@@ -14,7 +14,8 @@ from prhs_kernels.ops.sparse_decode.triton import (
     LOG2_E,
     attend_tile,
     finish,
-    load_query,
+    load_key_chunks,
+    load_query_chunks,
     load_rows,
     state_buffers,
     store_state,
@@ -72,7 +73,9 @@ def dense_decode_kernel(
     begin = split * per_split
     end = tl.minimum(begin + per_split, count)
 
-    q = load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D)
+    q = load_query_chunks(
+        q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D, PRECISION
+    )
     k_ptr += batch * stride_kb + head * stride_kh
     v_ptr += batch * stride_vb + head * stride_vh
     best = tl.full([BLOCK_G], float("-inf"), tl.float32)
@@ -84,7 +87,7 @@ def dense_decode_kernel(
         slots = place
         if HAS_SPANS:
             slots = tl.where(place < sinks, first + place, window - sinks + place)
-        k = load_rows(k_ptr, slots, valid, stride_kn, HEAD_DIM, BLOCK_D)
+        k = load_key_chunks(k_ptr, slots, valid, stride_kn, HEAD_DIM, BLOCK_D, PRECISION)
         v = load_rows(v_ptr, slots, valid, stride_vn, HEAD_DIM, BLOCK_D)
         best, total, acc = attend_tile(q, k, v, valid, best, total, acc, scale * LOG2_E, PRECISION)
     store_state(

@@ -14,7 +14,14 @@ import triton.language as tl
 from prhs_kernels.ops.backend import interpreted
 from prhs_kernels.ops.overlap.triton import wait_for_previous
 from prhs_kernels.ops.retrieve.gate.triton import HEADER, load_parts
-from prhs_kernels.ops.sparse_decode.triton import LOG2_E, load_query, load_rows
+from prhs_kernels.ops.sparse_decode.triton import (
+    LOG2_E,
+    load_key_chunks,
+    load_query,
+    load_query_chunks,
+    load_rows,
+    multiply,
+)
 from prhs_kernels.ops.split_k.triton import assign, pick
 
 PACKED = tl.constexpr(not interpreted())
@@ -117,8 +124,8 @@ def scan_rows(
         valid = place < end
         slots = tl.where(place < sinks, first + place, window - sinks + place)
         if COPY == "exact":
-            k = load_rows(base_ptr, slots, valid, stride_kn, HEAD_DIM, BLOCK_D)
-            scores = tl.dot(query[0], tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
+            k = load_key_chunks(base_ptr, slots, valid, stride_kn, HEAD_DIM, BLOCK_D, PRECISION)
+            scores = multiply(query, k, PRECISION) * (scale * LOG2_E)
         else:
             scores = score_codes(query, base_ptr, slots, valid, COPY, WIDTH, BLOCK_W, PRECISION)
             row_scale = tl.load(scale_ptr + slots, mask=valid, other=0.0)
@@ -159,9 +166,11 @@ def scan_piece(
         if COPY == "exact":
             reads_cache = audited >= 0
         if reads_cache:
-            q = load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D)
+            q = load_query_chunks(
+                q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D, PRECISION
+            )
             scan_rows(
-                (q,), k_ptr + batch * stride_kb + head * stride_kh, key_scale_ptr, out_ptr, max_ptr, sum_ptr,
+                q, k_ptr + batch * stride_kb + head * stride_kh, key_scale_ptr, out_ptr, max_ptr, sum_ptr,
                 scale, first, sinks, window, begin, stop, audited == 0, max_len, stride_kn,
                 HEAD_DIM, GROUP, BLOCK_G, BLOCK_D, BLOCK_N, CHUNKS, "exact", WIDTH, BLOCK_W, PRECISION,
             )  # fmt: skip

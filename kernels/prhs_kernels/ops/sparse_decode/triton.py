@@ -25,11 +25,11 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def load_query(
     q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, FIRST: tl.constexpr = 0,
 ):  # fmt: skip
-    """The group's queries as one tile `[BLOCK_G, BLOCK_D]`, zeros where padded."""
+    """Columns [FIRST, FIRST + BLOCK_D) of the group's queries `[BLOCK_G, BLOCK_D]`, zeros where padded."""
     offs_g = tl.arange(0, BLOCK_G)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = FIRST + tl.arange(0, BLOCK_D)
     return tl.load(
         q_ptr + batch * stride_qb + (head * GROUP + offs_g[:, None]) * stride_qh + offs_d[None, :],
         mask=(offs_g[:, None] < GROUP) & (offs_d[None, :] < HEAD_DIM),
@@ -38,33 +38,59 @@ def load_query(
 
 
 @triton.jit
-def load_rows(base_ptr, slots, valid, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of K or V `[len(slots), BLOCK_D]`; a row that is not valid is 0 and not touched."""
-    offs_d = tl.arange(0, BLOCK_D)
+def load_rows(
+    base_ptr, slots, valid, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, FIRST: tl.constexpr = 0
+):
+    """Columns [FIRST, FIRST + BLOCK_D) of rows of K or V; a row that is not valid is 0 and not touched."""
+    offs_d = FIRST + tl.arange(0, BLOCK_D)
     ptrs = base_ptr + slots.to(tl.int64)[:, None] * stride + offs_d[None, :]
-    if HEAD_DIM == BLOCK_D:
+    if HEAD_DIM >= FIRST + BLOCK_D:
         return tl.load(ptrs, mask=valid[:, None], other=0.0)
     else:
         return tl.load(ptrs, mask=valid[:, None] & (offs_d[None, :] < HEAD_DIM), other=0.0)
 
 
 @triton.jit
+def load_query_chunks(
+    q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The group's queries as `multiply` takes them: in fp32 by 64 columns, otherwise in one tile."""
+    CHUNK: tl.constexpr = 64 if PRECISION == "ieee" and BLOCK_D > 64 else BLOCK_D
+    chunks = (load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, CHUNK),)
+    for first in tl.static_range(CHUNK, BLOCK_D, CHUNK):
+        tile = load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, CHUNK, first)
+        chunks = chunks + (tile,)  # type: ignore[assignment]
+    return chunks
+
+
+@triton.jit
+def load_key_chunks(
+    base_ptr, slots, valid, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Rows of K in the same chunks."""
+    CHUNK: tl.constexpr = 64 if PRECISION == "ieee" and BLOCK_D > 64 else BLOCK_D
+    chunks = (load_rows(base_ptr, slots, valid, stride, HEAD_DIM, CHUNK),)
+    for first in tl.static_range(CHUNK, BLOCK_D, CHUNK):
+        tile = load_rows(base_ptr, slots, valid, stride, HEAD_DIM, CHUNK, first)
+        chunks = chunks + (tile,)  # type: ignore[assignment]
+    return chunks
+
+
+@triton.jit
 def multiply(q, k, PRECISION: tl.constexpr):
-    """Q K^T; for head_dim 128 in fp32 in two sums, of even and of odd columns, or rounding would add up along
-    all of it; `fma`, since a plain addition would be folded back into one accumulator."""
-    if PRECISION == "ieee" and q.shape[1] == 128:
-        q0, q1 = tl.split(tl.reshape(q, (q.shape[0], 64, 2)))
-        k0, k1 = tl.split(tl.reshape(k, (k.shape[0], 64, 2)))
-        scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
-        scores = tl.fma(tl.dot(q1, tl.trans(k1), input_precision=PRECISION), 1.0, scores)
-    else:
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    """Q K^T of tiles in chunks. A chunk is summed apart from the others, or in fp32 rounding would add up
+    along all of head_dim; `fma`, since a plain sum would be folded back into one accumulator."""
+    scores = tl.dot(q[0], tl.trans(k[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(q)):
+        scores = tl.fma(tl.dot(q[i], tl.trans(k[i]), input_precision=PRECISION), 1.0, scores)
     return scores
 
 
 @triton.jit
 def attend_tile(q, k, v, valid, best, total, acc, scale_log2, PRECISION: tl.constexpr):
-    """One step of the running softmax, base 2: best and total `[BLOCK_G]`, acc `[BLOCK_G, BLOCK_D]`."""
+    """One step of the running softmax, base 2; q and k in chunks, best and total `[BLOCK_G]`, acc `[BLOCK_G,
+    BLOCK_D]`."""
     scores = multiply(q, k, PRECISION) * scale_log2
     scores = tl.where(valid[None, :], scores, float("-inf"))
     higher = tl.maximum(best, tl.max(scores, axis=1))
@@ -159,7 +185,9 @@ def sparse_decode_kernel(
             first = tl.load(spans_ptr + batch * 4)
             sink_end = tl.load(spans_ptr + batch * 4 + 1)
             window = tl.load(spans_ptr + batch * 4 + 2)
-        q = load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D)
+        q = load_query_chunks(
+            q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D, PRECISION
+        )
         k_ptr += batch * stride_kb + head * stride_kh
         v_ptr += batch * stride_vb + head * stride_vh
         idx_ptr += row * max_kept
@@ -174,7 +202,7 @@ def sparse_decode_kernel(
             valid = slots >= 0
             if HAS_SPANS:
                 valid = valid & ((slots >= window) | ((slots >= first) & (slots < sink_end)))
-            k = load_rows(k_ptr, slots, valid, stride_kn, HEAD_DIM, BLOCK_D)
+            k = load_key_chunks(k_ptr, slots, valid, stride_kn, HEAD_DIM, BLOCK_D, PRECISION)
             v = load_rows(v_ptr, slots, valid, stride_vn, HEAD_DIM, BLOCK_D)
             best, total, acc = attend_tile(q, k, v, valid, best, total, acc, scale * LOG2_E, PRECISION)
             slots = following

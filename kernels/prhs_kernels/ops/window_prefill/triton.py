@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from prhs_kernels.ops.sparse_decode.triton import multiply
 from prhs_kernels.ops.window_prefill.config import capability_of, prefill_config
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -59,16 +60,6 @@ def load_chunks(
         tile = load_tile(base_ptr, rows, stride, valid, first, BLOCK_C, MASKED, HEAD_DIM)
         chunks = chunks + (tile,)  # type: ignore[assignment]
     return chunks
-
-
-@triton.jit
-def multiply(q, k, PRECISION: tl.constexpr):
-    """Q K^T of tiles in chunks. A chunk is summed apart from the others, or in fp32 rounding would add up
-    along all of head_dim; `fma`, since a plain sum would be folded back into one accumulator."""
-    scores = tl.dot(q[0], tl.trans(k[0]), input_precision=PRECISION)
-    for i in tl.static_range(1, len(q)):
-        scores = tl.fma(tl.dot(q[i], tl.trans(k[i]), input_precision=PRECISION), 1.0, scores)
-    return scores
 
 
 @triton.jit
