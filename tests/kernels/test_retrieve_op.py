@@ -157,12 +157,13 @@ def decode_inputs() -> dict[str, torch.Tensor]:
         ("indices", torch.zeros(2, 2, 3), "indices: expected dtype torch.int32 or torch.int64"),
         ("count", torch.zeros(2, dtype=torch.int32), r"count: expected shape \[2, 2\], got \[2\]"),
         ("spans", torch.zeros(2, 4), "spans: expected dtype torch.int32, got torch.float32"),
+        ("scale", 0.0, "scale = 0.0 must be positive"),
         ("backend", "cuda", "backend = 'cuda' must be 'auto', 'reference' or 'triton'"),
     ],
 )
 def test_errors_name_what_was_expected_and_what_came(name: str, wrong: object, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        sparse_decode(**{**decode_inputs(), name: wrong}, scale=1.0)  # type: ignore[arg-type]
+        sparse_decode(**{"scale": 1.0, **decode_inputs(), name: wrong})  # type: ignore[arg-type]
 
 
 def test_triton_cannot_be_forced_on_the_cpu() -> None:

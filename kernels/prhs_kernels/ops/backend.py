@@ -85,16 +85,18 @@ def check_like(
 
 
 def check_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, steps: int | None = 1
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, steps: int | None = 1
 ) -> None:
-    """Checks of attention: query `[batch, num_qo_heads, steps, head_dim]` (any number for None), keys
-    and values `[batch, num_kv_heads, n, head_dim]`, one dtype, one device, heads that form groups."""
+    """Checks of attention: query `[batch, num_qo_heads, steps, head_dim]` (any number for None), keys and
+    values `[batch, num_kv_heads, n, head_dim]`, one dtype, one device, heads that form groups, scale > 0."""
     check_shape("query", query, (None, None, steps, None))
     batch, num_qo_heads, _, head_dim = query.shape
     check_shape("keys", keys, (batch, None, None, head_dim))
     check_shape("values", values, (batch, keys.shape[1], keys.shape[2], head_dim))
     check_like("keys", keys, query)
     check_like("values", values, query)
+    if not scale > 0:
+        raise UsageError(f"scale = {scale} must be positive")
     num_kv_heads = keys.shape[1]
     if num_kv_heads < 1 or num_qo_heads % num_kv_heads:
         raise UsageError(f"num_qo_heads = {num_qo_heads} is not a multiple of num_kv_heads = {num_kv_heads}")

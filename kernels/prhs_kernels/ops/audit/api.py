@@ -53,14 +53,14 @@ def scan_units(
         visible: `[batch]` int32, positions that dense attention sees.
         decision: `[batch, num_kv_heads]` int32, written: a `Decision`, `KEEP_ALL` for a unit that keeps all
             of these, which drops nothing, else `SHARE`.
-        scale: factor on the dot products. scratch: memory for the kernel, allocated if None.
+        scale: factor on the dot products, positive. scratch: memory for the kernel, allocated if None.
         count: `[batch, num_kv_heads]` int32, sizes of the sets; None where heads keep all of their spans.
 
     Raises:
         UsageError: shapes, dtypes, devices, head_dim or group that the backend cannot take.
         ResourceError: `backend="triton"` where triton cannot run.
     """
-    check_attention(query, keys, keys)
+    check_attention(query, keys, keys, scale)
     batch, num_kv_heads = keys.shape[:2]
     group = query.shape[1] // num_kv_heads
     check_shape("audit.lse", audit.lse, (batch, num_kv_heads, group))

@@ -31,7 +31,7 @@ def dense_decode(
     Args:
         query: `[batch, num_qo_heads, 1, head_dim]`, float32, float16 or bfloat16.
         keys, values: `[batch, num_kv_heads, n, head_dim]`, the query's dtype.
-        scale: factor on the dot products.
+        scale: factor on the dot products, positive.
         spans: `[batch, 4]` int32 of `candidate_spans`: left padding, slots in use and the model's own
             window, each of them per sequence. None for all n slots.
         num_splits: programs per KV head; default from the shapes and the device.
@@ -45,7 +45,7 @@ def dense_decode(
         UsageError: shapes, dtypes, devices, head_dim or group that the backend cannot take.
         ResourceError: `backend="triton"` where triton cannot run.
     """
-    check_attention(query, keys, values)
+    check_attention(query, keys, values, scale)
     if spans is not None:
         check_shape("spans", spans, (query.shape[0], 4))
         check_like("spans", spans, query, (torch.int32,))

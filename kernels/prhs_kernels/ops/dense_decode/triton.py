@@ -90,6 +90,8 @@ def dense_decode_kernel(
         k = load_key_chunks(k_ptr, slots, valid, stride_kn, HEAD_DIM, BLOCK_D, PRECISION)
         v = load_rows(v_ptr, slots, valid, stride_vn, HEAD_DIM, BLOCK_D)
         best, total, acc = attend_tile(q, k, v, valid, best, total, acc, scale * LOG2_E, PRECISION)
+    if PRECISION == "ieee":
+        best *= scale * LOG2_E
     store_state(
         out_ptr, lse_ptr, batch, head, split, splits, num_kv_heads * GROUP, best, total, acc,
         HEAD_DIM, GROUP, BLOCK_G, BLOCK_D,

@@ -53,7 +53,7 @@ def retrieve(
         key_copy: low-bit keys to score with, at the same slots; `state.lse` is then approximate.
         audit: coins, drawn before, and their results. A head that shares, or one that scores with a copy, is
             scanned on exact keys if its coin says so; its set is not changed by that. See `ops.audit`.
-        scale: factor on the dot products.
+        scale: factor on the dot products, positive.
         gated: `rope_append` has decided with the same arguments, so that this goes on from its work list;
             kernels only.
 
@@ -62,7 +62,7 @@ def retrieve(
         ResourceError: `backend="triton"` where triton cannot run.
     """
     query_pre = query if query_pre is None else query_pre
-    _check(query, query_pre, keys, spans, budget, rule, state)
+    _check(query, query_pre, keys, spans, budget, rule, state, scale)
     _check_options(keys, state, key_copy, audit)
     if not use_triton(backend, query):
         if gated:
@@ -101,8 +101,9 @@ def _check(
     budget: torch.Tensor,
     rule: RetrievalRule,
     state: RetrievalState,
+    scale: float,
 ) -> None:
-    check_attention(query, keys, keys)
+    check_attention(query, keys, keys, scale)
     batch, num_kv_heads, _, head_dim = keys.shape
     for name, tensor in (("query", query), ("query_pre", query_pre)):
         check_shape(name, tensor, tuple(query.shape))

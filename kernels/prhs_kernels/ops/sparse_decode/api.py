@@ -35,7 +35,7 @@ def sparse_decode(
         query: `[batch, num_qo_heads, 1, head_dim]`, float32, float16 or bfloat16.
         keys, values: `[batch, num_kv_heads, n, head_dim]`, the query's dtype; read at `indices` only.
         indices: `[batch, num_kv_heads, max_kept]` int32 or int64 slots below n; a negative one is no row.
-        scale: factor on the dot products.
+        scale: factor on the dot products, positive.
         count: `[batch, num_kv_heads]` int32 or int64, on the device; indices from there on are not read.
         spans: `[batch, 4]` int32 of `candidate_spans`; indices outside are skipped, so that a set stays
             valid while the window moves.
@@ -51,7 +51,7 @@ def sparse_decode(
         UsageError: shapes, dtypes, devices, head_dim or group that the backend cannot take.
         ResourceError: `backend="triton"` where triton cannot run.
     """
-    check_attention(query, keys, values)
+    check_attention(query, keys, values, scale)
     batch, num_kv_heads = keys.shape[:2]
     check_shape("indices", indices, (batch, num_kv_heads, None))
     check_like("indices", indices, query, (torch.int32, torch.int64))

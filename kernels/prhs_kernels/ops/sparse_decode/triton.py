@@ -90,13 +90,19 @@ def multiply(q, k, PRECISION: tl.constexpr):
 @triton.jit
 def attend_tile(q, k, v, valid, best, total, acc, scale_log2, PRECISION: tl.constexpr):
     """One step of the running softmax, base 2; q and k in chunks, best and total `[BLOCK_G]`, acc `[BLOCK_G,
-    BLOCK_D]`."""
-    scores = multiply(q, k, PRECISION) * scale_log2
+    BLOCK_D]`. In fp32 best is not scaled, so that an exponent rounds in proportion to the difference."""
+    scores = multiply(q, k, PRECISION)
+    if PRECISION != "ieee":
+        scores *= scale_log2
     scores = tl.where(valid[None, :], scores, float("-inf"))
     higher = tl.maximum(best, tl.max(scores, axis=1))
     base = tl.where(higher > float("-inf"), higher, 0.0)  # -inf - -inf would be NaN
-    shrink = tl.exp2(best - base)
-    probs = tl.exp2(scores - base[:, None])
+    if PRECISION == "ieee":
+        shrink = tl.exp2((best - base) * scale_log2)
+        probs = tl.exp2((scores - base[:, None]) * scale_log2)
+    else:
+        shrink = tl.exp2(best - base)
+        probs = tl.exp2(scores - base[:, None])
     total = total * shrink + tl.sum(probs, axis=1)
     if PRECISION == "ieee":  # summed within the tile first, or rounding would add up along all positions
         acc = tl.fma(acc, shrink[:, None], tl.dot(probs, v, input_precision=PRECISION))
@@ -206,6 +212,8 @@ def sparse_decode_kernel(
             v = load_rows(v_ptr, slots, valid, stride_vn, HEAD_DIM, BLOCK_D)
             best, total, acc = attend_tile(q, k, v, valid, best, total, acc, scale * LOG2_E, PRECISION)
             slots = following
+        if PRECISION == "ieee":
+            best *= scale * LOG2_E
         store_state(
             out_ptr, lse_ptr, batch, head, split, splits, num_kv_heads * GROUP, best, total, acc,
             HEAD_DIM, GROUP, BLOCK_G, BLOCK_D,

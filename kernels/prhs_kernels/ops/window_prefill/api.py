@@ -58,8 +58,8 @@ def window_prefill(
         UsageError: shapes, dtypes, devices or numbers that cannot be meant, or that the backend cannot take.
         ResourceError: `backend="triton"` where triton cannot run.
     """
-    check_attention(query, keys, values, steps=None)
-    _check_numbers(scale, window_fraction, num_sinks, num_local, sliding_window)
+    check_attention(query, keys, values, scale, steps=None)
+    _check_numbers(window_fraction, num_sinks, num_local, sliding_window)
     if query.shape[2] > keys.shape[2]:
         raise UsageError(f"query: {query.shape[2]} rows, but only {keys.shape[2]} slots of keys and values")
     if padding is None:
@@ -98,10 +98,9 @@ def _runs_kernel(backend: Backend, query: torch.Tensor, keys: torch.Tensor, valu
 
 
 def _check_numbers(
-    scale: float, window_fraction: float, num_sinks: int, num_local: int, sliding_window: int | None
+    window_fraction: float, num_sinks: int, num_local: int, sliding_window: int | None
 ) -> None:
     checks = {
-        f"scale = {scale} must be positive": scale > 0,
         f"window_fraction = {window_fraction} must be in [0, 1)": 0 <= window_fraction < 1,
         f"num_sinks = {num_sinks} must be >= 0": num_sinks >= 0,
         f"num_local = {num_local} must be >= 1": num_local >= 1,
