@@ -20,6 +20,9 @@ from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+CHAIN = tl.constexpr(
+    64
+)  # products along head_dim that fp32 sums in one chain: PyTorch breaks sums up as well
 
 
 @triton.jit
@@ -55,8 +58,8 @@ def load_query_chunks(
     q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The group's queries as `multiply` takes them: in fp32 by 64 columns, otherwise in one tile."""
-    CHUNK: tl.constexpr = 64 if PRECISION == "ieee" and BLOCK_D > 64 else BLOCK_D
+    """The group's queries as `multiply` takes them: in fp32 in tiles of CHAIN columns, otherwise in one."""
+    CHUNK: tl.constexpr = min(CHAIN, BLOCK_D) if PRECISION == "ieee" else BLOCK_D
     chunks = (load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, CHUNK),)
     for first in tl.static_range(CHUNK, BLOCK_D, CHUNK):
         tile = load_query(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, CHUNK, first)
@@ -69,7 +72,7 @@ def load_key_chunks(
     base_ptr, slots, valid, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr
 ):
     """Rows of K in the same chunks."""
-    CHUNK: tl.constexpr = 64 if PRECISION == "ieee" and BLOCK_D > 64 else BLOCK_D
+    CHUNK: tl.constexpr = min(CHAIN, BLOCK_D) if PRECISION == "ieee" else BLOCK_D
     chunks = (load_rows(base_ptr, slots, valid, stride, HEAD_DIM, CHUNK),)
     for first in tl.static_range(CHUNK, BLOCK_D, CHUNK):
         tile = load_rows(base_ptr, slots, valid, stride, HEAD_DIM, CHUNK, first)

@@ -11,7 +11,7 @@ import torch
 from prhs_kernels.ops.decode_config import next_power_of_2, precision
 
 HOPPER = 90
-FP32_CHAIN = 64
+FP32_CHAIN = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def prefill_config(head_dim: int, dtype: torch.dtype, capability: int) -> Prefil
     Before Hopper the operands of the tensor cores live in registers: less room for tiles.
     """
     if dtype == torch.float32:  # multiplied without tensor cores
-        return PrefillConfig(32, 16, 8, 2)
+        return PrefillConfig(32, 16, 4 if capability < HOPPER else 8, 2)
     if head_dim <= 64:
         return PrefillConfig(128, 64, 8 if capability < HOPPER else 4, 3)
     if head_dim <= 128:
