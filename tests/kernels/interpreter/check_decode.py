@@ -7,7 +7,6 @@ triton is imported.
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Sequence
 
 import pytest
@@ -22,6 +21,7 @@ from prhs_kernels.ops.spans import candidate_spans, span_mask
 from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.ops.sparse_decode.reference import kept_indices
 from prhs_kernels.ops.split_k.triton import assign
+from prhs_kernels.testing.far_rows import far_rows
 from prhs_kernels.testing.tolerances import assert_as_exact_as, sum_of_terms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -185,20 +185,10 @@ def test_cache_views_are_read_in_place() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """A stride of 2**30 elements: slot 3 lies behind what 32 bits can address. Nothing of it is allocated
-    but the pages that are touched."""
-    if DEVICE == "cuda":
-        pytest.skip("needs memory that is only reserved, not filled")
-    stride = 2**30
-    with tempfile.TemporaryFile() as file:
-        file.truncate(2 * (3 * stride + 64))  # a hole: takes no space
-        room = torch.from_file(
-            f"/proc/self/fd/{file.fileno()}", shared=True, size=3 * stride + 64, dtype=torch.float16
-        )
-    keys = room.as_strided((1, 1, 4, 64), (64, 64, stride, 1))
-    values = torch.randn(1, 1, 4, 64, generator=torch.Generator().manual_seed(0)).half()
-    indices = torch.tensor([[[1, 3]]])
-    found = sparse_decode(torch.ones(1, 1, 1, 64).half(), keys, values, indices, scale=0.1, backend="triton")
+    values = torch.randn(1, 1, 4, 64, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    indices = torch.tensor([[[1, 3]]], device=DEVICE)
+    query = torch.ones(1, 1, 1, 64, device=DEVICE).half()
+    found = sparse_decode(query, far_rows(DEVICE), values, indices, scale=0.1, backend="triton")
     torch.testing.assert_close(
         found[0][0, 0, 0].float(), values[0, 0, [1, 3]].float().mean(0), atol=1e-3, rtol=0
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import tempfile
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from prhs_kernels.bench import prefill_cases
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.window_prefill import reference
 from prhs_kernels.ops.window_prefill.api import window_prefill
+from prhs_kernels.testing.far_rows import far_rows
 from prhs_kernels.testing.tolerances import assert_as_exact_as
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,27 +158,17 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """A stride of 2**30 elements: slot 3 lies behind what 32 bits can address. Nothing of it is allocated
-    but the pages that are touched."""
-    if DEVICE == "cuda":
-        pytest.skip("needs memory that is only reserved, not filled")
-    stride = 2**30
-    with tempfile.TemporaryFile() as file:
-        file.truncate(2 * (3 * stride + 64))  # a hole: takes no space
-        room = torch.from_file(
-            f"/proc/self/fd/{file.fileno()}", shared=True, size=3 * stride + 64, dtype=torch.float16
-        )
-    far = room.as_strided((1, 1, 4, 64), (64, 64, stride, 1))
+    """Rows of keys, of values and of queries that 32 bits do not address."""
+    far = far_rows(DEVICE)
     far[0, 0, 3] = 1.0
-    query, keys, values = (torch.zeros(1, 1, rows, 64).half() for rows in (1, 4, 4))
+    query, keys, values = (torch.zeros(1, 1, rows, 64, device=DEVICE).half() for rows in (1, 4, 4))
     values[0, 0, 3] = 4.0
     query += 1.0
     on_key = window_prefill(query, far, values, scale=1.0, backend="triton")
     assert (on_key == 4).all(), "slot 3 has all of the weight"
     on_value = window_prefill(query, keys, far, scale=1.0, backend="triton")
     assert (on_value == 0.25).all()
-    query = room.as_strided((1, 1, 4, 64), (64, 64, stride, 1))
-    rows = window_prefill(query, (values / 4).contiguous(), values, scale=1.0, backend="triton")
+    rows = window_prefill(far, (values / 4).contiguous(), values, scale=1.0, backend="triton")
     assert (rows[0, 0, 3] == 4).all() and (rows[0, 0, 2] == 0).all()
 
 
