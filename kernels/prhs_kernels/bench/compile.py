@@ -144,7 +144,8 @@ def _sparse(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     from prhs_kernels.ops.sparse_decode.triton import sparse_decode_kernel
 
     constants, options = _decode_constants(case)
-    return sparse_decode_kernel, {**constants, "HAS_COUNT": True, "HAS_SPANS": True}, options
+    early = {"EARLY": case.arch >= 90}
+    return sparse_decode_kernel, {**constants, "HAS_COUNT": True, "HAS_SPANS": True, **early}, options
 
 
 def _dense(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:

@@ -121,7 +121,8 @@ class Retrieval:
         self.step(i, gated)
         output, _ = sparse_decode(
             *self.qkv(i), self.state.indices, count=self.state.count, spans=self.inputs.spans,
-            scale=self.inputs.scale, mean_kept=self.inputs.problem.kept, backend="triton",
+            scale=self.inputs.scale, mean_kept=self.inputs.problem.kept,
+            decision=self.state.decision, backend="triton",
         )  # fmt: skip
         return output
 

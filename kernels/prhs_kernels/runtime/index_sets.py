@@ -161,7 +161,7 @@ class IndexSets:
         return sparse_decode(
             query, keys, values, state.indices,
             scale=scale, count=state.count, spans=spans, mean_kept=self._mean_kept[layer],
-            backend=self.backend,
+            decision=state.decision, backend=self.backend,
         )  # fmt: skip
 
     def reset(self) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import pytest
 import torch
 
+from prhs_kernels.bench.timing import capture
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.audit.api import draw_coins
 from prhs_kernels.ops.audit.state import StepAudit
@@ -20,6 +21,7 @@ from prhs_kernels.ops.retrieve.api import retrieve
 from prhs_kernels.ops.retrieve.key_copy import KeyCopy, KeyCopyKind
 from prhs_kernels.ops.retrieve.state import Decision, RetrievalRule, RetrievalScratch, RetrievalState
 from prhs_kernels.ops.spans import candidate_spans, span_mask
+from prhs_kernels.ops.sparse_decode.api import sparse_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -361,6 +363,51 @@ def test_audits_scan_exact_keys_and_change_nothing() -> None:
     thrown = torch.stack(coins[1:])
     assert 8 <= int(thrown.sum()) <= 28, "36 coins of 1/2"
     assert not torch.equal(thrown[0], thrown[1]) or not torch.equal(thrown[1], thrown[2])
+
+
+def test_attention_to_kept_sets_does_not_wait_for_the_choice() -> None:
+    """Heads that retrieve, share and keep everything: bit for bit what waiting for all of them gives."""
+    length, steps, batch = (20_000, 300, 8) if DEVICE == "cuda" else (90, 4, 1)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=DTYPES[-1], device=DEVICE, generator=generator)
+
+    query, keys, values = drawn(batch, 8, 1, 64), drawn(batch, 4, length, 64), drawn(batch, 4, length, 64)
+    used, padding = torch.full((batch,), length - steps, device=DEVICE), torch.zeros(batch, device=DEVICE)
+    spans = candidate_spans(used, padding.long(), num_sinks=2, num_local=3)
+    budget = torch.full((batch, 4), length // 16, dtype=torch.int32, device=DEVICE)
+    budget[:, 2] = length
+    states, scratch = twins(new_state(query, keys, length)), poisoned(keys)
+    given = {"spans": spans, "scale": 0.125}
+
+    def attend(state: RetrievalState, decision: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        retrieve(
+            query, keys, **given, budget=budget, rule=rule(4, tau=0.5, block=2**30, dilation=1), state=state,
+            scratch=scratch, backend="triton",
+        )  # fmt: skip
+        return sparse_decode(
+            query, keys, values, state.indices, count=state.count, decision=decision, mean_kept=length // 8,
+            **given, backend="triton",
+        )  # fmt: skip
+
+    found: list[torch.Tensor] = []
+
+    def both_ways() -> None:
+        found[:] = [*attend(states[0], None), *attend(states[1], states[1].decision)]
+
+    replay = capture([both_ways]).replay if DEVICE == "cuda" else both_ways
+    seen: set[int] = set()
+    for step in range(steps):
+        fresh = torch.rand(batch, 4, 1, device=DEVICE, generator=generator) < (1 / 16 if step else 1)
+        fresh = fresh.repeat_interleave(2, dim=1).unsqueeze(-1)
+        query.copy_(torch.where(fresh, drawn(*query.shape), query))
+        replay()
+        seen.update(states[0].decision.flatten().tolist())
+        assert all(torch.equal(one, other) for one, other in zip(found[:2], found[2:], strict=True)), step
+        same(*states)
+        spans[:, 3] += 1
+    assert seen == set(Decision)
 
 
 def test_scratch_that_is_too_small_is_refused() -> None:

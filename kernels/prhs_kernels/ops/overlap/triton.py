@@ -1,8 +1,11 @@
 """Programmatic dependent launch, from Hopper on: the next kernel's programs start while the last ones of the
 previous kernel still run, and wait for its results on the device. It hides the time that a launch takes.
 
-Every program of every kernel that is launched this way waits first, so that what it reads is complete, then
-lets the next kernel start. Elsewhere, and in the interpreter, both are nothing.
+Every program of a kernel that is launched this way waits before it reads what others wrote, so a kernel is
+complete only after the one before it. Most let the next kernel start only then: a program that starts behind
+one of those knows that the kernel before that one is complete, and need not wait for what it reads of it.
+`sparse_decode` makes use of that, behind the scan and the choice of `retrieve`; loads that do without waiting
+must not find in L1 what an earlier kernel left there. Elsewhere, and in the interpreter, all this is nothing.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -24,6 +27,15 @@ def wait_for_previous(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def load_acquire(ptr):
+    """An int32 scalar; what was written before it was is seen by every load that follows."""
+    address = ptr.to(tl.int64)
+    return tl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @functools.cache

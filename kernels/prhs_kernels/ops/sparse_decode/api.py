@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.backend import (
     Backend,
     check_attention,
@@ -27,6 +28,7 @@ def sparse_decode(
     spans: torch.Tensor | None = None,
     num_splits: int | None = None,
     mean_kept: int | None = None,
+    decision: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the rows of K and V that each KV head kept; a KV head without rows gives 0 and lse -inf.
@@ -41,6 +43,11 @@ def sparse_decode(
             valid while the window moves.
         num_splits: programs per KV head; default from the shapes and the device, and from
         mean_kept: positions that a KV head is expected to keep on average, by default `max_kept`.
+        decision: `[batch, num_kv_heads]` int32, `state.decision` of the `retrieve` whose launches stand
+            directly before this one in the stream, with the indices and the count of that state. Heads that
+            did not retrieve are then attended to while it still chooses for the others; whatever it was
+            given, its scratch too, must be held until here, since memory that is freed in between may be
+            handed out for the results. None: waits for everything before. The reference has no use for it.
         backend: `auto` is triton on CUDA, the reference elsewhere.
 
     Returns:
@@ -61,6 +68,11 @@ def sparse_decode(
     if spans is not None:
         check_shape("spans", spans, (batch, 4))
         check_like("spans", spans, query, (torch.int32,))
+    if decision is not None:
+        if count is None:
+            raise UsageError("decision: comes with the count of the same state")
+        check_shape("decision", decision, (batch, num_kv_heads))
+        check_like("decision", decision, query, (torch.int32,))
     if not use_triton(backend, query):
         return reference.sparse_decode(query, keys, values, _tidy(indices, count, spans), scale)
     check_kernel_limits(query, keys, values)
@@ -76,6 +88,7 @@ def sparse_decode(
         None if spans is None else spans.contiguous(),
         scale,
         config,
+        None if decision is None else decision.contiguous(),
     )
 
 

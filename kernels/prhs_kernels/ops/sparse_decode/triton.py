@@ -13,10 +13,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from prhs_kernels.ops.decode_config import DecodeConfig, gather_registers
 from prhs_kernels.ops.merge_state.triton import merge_state
-from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
+from prhs_kernels.ops.overlap.triton import load_acquire, pdl_options, wait_for_previous
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -144,6 +145,21 @@ def store_nothing(
 
 
 @triton.jit
+def wait_unless_kept(count_ptr, decision_ptr):
+    """The count of a row; waits for the kernel before only if that chooses the row's set.
+
+    Both loads are under way at once. The first may not find a line that an earlier kernel left in L1; nor may
+    what comes after the second, which acquires.
+    """
+    gdc_launch_dependents()
+    count = tl.load(count_ptr, cache_modifier=".cg")
+    if load_acquire(decision_ptr) == 1:
+        gdc_wait()
+        count = tl.load(count_ptr, cache_modifier=".cg")
+    return count
+
+
+@triton.jit
 def sparse_decode_kernel(
     q_ptr,  # [batch, num_qo_heads, HEAD_DIM]
     k_ptr,  # [batch, num_kv_heads, n, HEAD_DIM]
@@ -151,6 +167,7 @@ def sparse_decode_kernel(
     idx_ptr,  # [rows, max_kept], -1 is no row
     count_ptr,  # [rows]
     spans_ptr,  # [batch, 4]
+    decision_ptr,  # [rows], 1: the kernel before chooses the row's set
     out_ptr,  # [batch, num_qo_heads, splits, HEAD_DIM]
     lse_ptr,  # [batch, num_qo_heads, splits]
     scale,
@@ -174,15 +191,19 @@ def sparse_decode_kernel(
     HAS_COUNT: tl.constexpr,
     HAS_SPANS: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
+    if EARLY:
+        count = tl.minimum(wait_unless_kept(count_ptr + row, decision_ptr + row).to(tl.int32), max_kept)
+    else:
+        wait_for_previous(PDL)
+        count = max_kept
+        if HAS_COUNT:
+            count = tl.minimum(tl.load(count_ptr + row).to(tl.int32), max_kept)
     batch, head = row // num_kv_heads, row % num_kv_heads
-    count = max_kept
-    if HAS_COUNT:
-        count = tl.minimum(tl.load(count_ptr + row).to(tl.int32), max_kept)
     per_split = tl.maximum(tl.cdiv(tl.cdiv(count, BLOCK_N), splits), least) * BLOCK_N
     begin = split * per_split
     end = tl.minimum(begin + per_split, count)
@@ -221,6 +242,9 @@ def sparse_decode_kernel(
             out_ptr, lse_ptr, batch, head, split, splits, num_kv_heads * GROUP, best, total, acc,
             HEAD_DIM, GROUP, BLOCK_G, BLOCK_D,
         )  # fmt: skip
+    if EARLY:
+        if (row == 0) & (split == 0):  # complete means that everything before is, for whoever waits for this
+            gdc_wait()
 
 
 def sparse_decode(
@@ -232,10 +256,12 @@ def sparse_decode(
     spans: torch.Tensor | None,
     scale: float,
     config: DecodeConfig,
+    decision: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch; arguments as in `api.sparse_decode`, already checked, index tensors contiguous."""
     num_kv_heads, max_kept = indices.shape[1:]
     part, lse, output = state_buffers(query, config.num_splits)
+    overlap = pdl_options(query.device)
     sparse_decode_kernel[(query.shape[0] * num_kv_heads, config.num_splits)](
         query,
         keys,
@@ -243,6 +269,7 @@ def sparse_decode(
         indices,
         count if count is not None else indices,
         spans if spans is not None else indices,
+        decision if decision is not None else indices,
         part,
         lse,
         scale,
@@ -257,8 +284,9 @@ def sparse_decode(
         **config.constants(query, num_kv_heads),
         HAS_COUNT=count is not None,
         HAS_SPANS=spans is not None,
+        EARLY=overlap["PDL"] and decision is not None,
         maxnreg=gather_registers(query.dtype),
-        **pdl_options(query.device),
+        **overlap,
     )
     return finish(part, lse, output, config.num_splits)
 
