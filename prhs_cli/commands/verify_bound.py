@@ -52,6 +52,11 @@ def command(
     settings = {"context_length": context_length, "sources": corpus, "confidence": confidence}
     path, result, report = run(out, source, output, seed, delta, num_prompts=prompts, **settings)
     out.result(result, *_render(result["data"]), f"wrote {path}")
+    if not report.same_corpus:
+        out.note(
+            "these prompts are of other text or length than the calibration's, for which alone something is "
+            "promised; give its --corpus and --context-length"
+        )
     if report.case is not None:
         out.note(f"a theorem failed numerically, which is a bug: please report {_save_case(path, report)}")
     if report.verdict == "violated" or (strict and report.verdict == "undecided"):

@@ -86,7 +86,9 @@ def test_verify_bound_undecided_is_1_only_when_strict(prhs: Prhs, workplace: Wor
     few = [*verification(workplace, "--bundle", workplace.bundle), "--prompts", 2]
     done = prhs(*few)
     assert done.code == 0 and "undecided" in done.out and "prompts would decide" in done.out
+    assert "other text or length" not in done.err
     assert prhs(*few, "--strict").code == 1
+    assert "other text or length" in prhs(*few, "--context-length", 128).err
 
 
 def test_the_newest_matching_bundle_is_used_and_named(
