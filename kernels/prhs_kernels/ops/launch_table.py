@@ -48,6 +48,7 @@ _SM100 = {
     **_SM90,
     ("sparse_decode", 32, 64): Tile(16, 8, 2, per_sm=3),
     ("sparse_decode", 32, 128): Tile(16, 4, 2, per_sm=3),
+    ("scan", 32, 128): Tile(16, 8, 2, per_sm=4),
     ("scan", 32, 256): Tile(16, 4, 2, per_sm=4),
     ("scan fp8", 16, 128): Tile(32, 4, 4, per_sm=4),
     ("scan int4", 16, 80): Tile(32, 4, 4, per_sm=4),
