@@ -25,7 +25,7 @@ from prhs_kernels.errors import PrhsError, ResourceError
 from prhs_kernels.ops.backend import has_triton, interpreted
 from prhs_kernels.ops.decode_config import DecodeConfig, gather_registers, max_registers, next_power_of_2
 from prhs_kernels.ops.launch_table import tile
-from prhs_kernels.ops.retrieve.config import ScanConfig, choose_config, scan_registers
+from prhs_kernels.ops.retrieve.config import choose_config, scan_config, scan_registers
 from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.ops.window_prefill.config import prefill_config
 
@@ -64,8 +64,9 @@ def compile_case(case: Case) -> Usage:
 
     kernel, constants, options = _KERNELS[case.kernel](case)
     # registers bounded as they are at a launch
-    if case.kernel.startswith("scan "):
-        options["maxnreg"] = scan_registers(case.kernel, TORCH_DTYPES[case.dtype]) or 255
+    if case.kernel.startswith("scan"):
+        if bound := scan_registers(case.kernel.partition(" ")[2] or "exact", TORCH_DTYPES[case.dtype]):
+            options["maxnreg"] = bound
     elif case.kernel == "choose":
         options["maxnreg"] = 128
     elif case.kernel == "sparse_decode" and (bound := gather_registers(TORCH_DTYPES[case.dtype])):
@@ -192,8 +193,7 @@ def _scan(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     from prhs_kernels.ops.retrieve.triton import scan_kernel
 
     dtype, copy = TORCH_DTYPES[case.dtype], case.kernel.partition(" ")[2] or "exact"
-    shape = tile(case.kernel, case.head_dim, dtype, torch.device("meta"), case.arch)
-    config = ScanConfig(shape.block_n, shape.num_warps, shape.num_stages, slots=8)
+    config = scan_config(case.head_dim, dtype, torch.device("meta"), copy, case.group, case.arch)
     constants = scan_constants(copy, case.head_dim, dtype, ROWS, case.group, 32768, False, config)
     return scan_kernel, constants, {name: constants.pop(name) for name in ("num_warps", "num_stages")}
 

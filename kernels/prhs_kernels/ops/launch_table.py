@@ -32,26 +32,31 @@ _SM90 = {
     ("dense_decode", 16, 128): Tile(64, 4, 3, per_sm=3),
     ("dense_decode", 16, 256): Tile(32, 4, 3, per_sm=3),
     ("dense_decode", 32, 256): Tile(16, 8, 2, per_sm=3),
-    ("scan", 16, 128): Tile(128, 4, 3, per_sm=2),
+    ("scan", 16, 128): Tile(64, 4, 4, per_sm=4),
     ("scan", 16, 256): Tile(32, 4, 4, per_sm=4),
     ("scan", 32, 256): Tile(16, 8, 2, per_sm=4),
+    ("scan_units", 16, 128): Tile(128, 4, 3),
+    ("scan_units", 16, 256): Tile(32, 4, 4),
+    ("scan_units", 32, 256): Tile(16, 8, 2),
+    ("scan int8", 16, 128): Tile(128, 4, 4, per_sm=4),
     ("scan int8", 16, 256): Tile(64, 4, 4, per_sm=4),
     ("scan int8", 32, 256): Tile(16, 8, 2, per_sm=4),
-    ("scan fp8", 16, 128): Tile(64, 4, 4, per_sm=4),
-    ("scan fp8", 16, 256): Tile(32, 4, 4, per_sm=4),
+    ("scan fp8", 16, 128): Tile(128, 4, 4, per_sm=4),
+    ("scan fp8", 16, 256): Tile(64, 4, 4, per_sm=4),
     ("scan fp8", 32, 256): Tile(16, 8, 2, per_sm=4),
-    ("scan int4", 16, 256): Tile(64, 4, 4, per_sm=4),
+    ("scan int4", 16, 128): Tile(256, 4, 3, per_sm=4),
+    ("scan int4", 16, 256): Tile(128, 4, 3, per_sm=4),
     ("scan int4", 32, 256): Tile(16, 8, 2, per_sm=4),
 }
 # where the entries above would take a few bytes of the stack
 _SM100 = {
     **_SM90,
+    ("scan int4", 16, 80): Tile(128, 4, 4, per_sm=4),
     ("sparse_decode", 32, 64): Tile(16, 8, 2, per_sm=3),
     ("sparse_decode", 32, 128): Tile(16, 4, 2, per_sm=3),
     ("scan", 32, 128): Tile(16, 8, 2, per_sm=4),
     ("scan", 32, 256): Tile(16, 4, 2, per_sm=4),
-    ("scan fp8", 16, 128): Tile(32, 4, 4, per_sm=4),
-    ("scan int4", 16, 80): Tile(32, 4, 4, per_sm=4),
+    ("scan_units", 32, 256): Tile(16, 4, 2),
 }
 _TABLES = {80: _SM90, 90: _SM90, 100: _SM100}
 

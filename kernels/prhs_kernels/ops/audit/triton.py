@@ -13,8 +13,9 @@ import triton.language as tl
 
 from prhs_kernels.ops.audit.state import LayerAudit, ScanScratch, StepAudit
 from prhs_kernels.ops.decode_config import next_power_of_2, precision
+from prhs_kernels.ops.launch_table import Tile
+from prhs_kernels.ops.launch_table import tile as stored_tile
 from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
-from prhs_kernels.ops.retrieve.config import ScanConfig, scan_config
 from prhs_kernels.ops.sparse_decode.triton import LN_2, LOG2_E, load_key_chunks, load_query_chunks, multiply
 from prhs_kernels.ops.split_k.triton import assign, pick
 
@@ -147,7 +148,7 @@ def scan_units_kernel(
             tl.store(lse_ptr + row * GROUP + offs_g, whole * LN_2, mask=in_group)
 
 
-def scan_constants(head_dim: int, dtype: torch.dtype, rows: int, group: int, pieces: int, config: ScanConfig):
+def scan_constants(head_dim: int, dtype: torch.dtype, rows: int, group: int, pieces: int, config: Tile):
     """Compile-time arguments of `scan_units`."""
     return {
         "HEAD_DIM": head_dim,
@@ -169,7 +170,7 @@ def scan_units(
 ) -> None:  # fmt: skip
     """Launch; arguments as in `api.scan_units`, already checked."""
     rows, group, pieces = scratch.parts.shape
-    config = scan_config(keys.shape[3], keys.dtype, keys.device)
+    config = stored_tile("scan_units", keys.shape[3], keys.dtype, keys.device)
     slots = pieces - 1  # a head has what is left over besides
     query = query if query.stride(-1) == 1 else query.contiguous()
     scan_units_kernel[(slots + rows,)](

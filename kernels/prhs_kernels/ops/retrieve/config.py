@@ -33,15 +33,27 @@ class ChooseConfig:
     programs: int
 
 
-def scan_config(head_dim: int, dtype: torch.dtype, device: torch.device, copy: str = "exact") -> ScanConfig:
-    """From the stored table."""
-    shape = tile("scan" if copy == "exact" else f"scan {copy}", head_dim, dtype, device)
-    return ScanConfig(shape.block_n, shape.num_warps, shape.num_stages, shape.per_sm * num_sms(device))
+def scan_config(
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    copy: str = "exact",
+    group: int = 1,
+    arch: int = 0,
+) -> ScanConfig:
+    """From the stored table; arch: of another architecture. Half the positions in a tile that a large group
+    makes twice as wide."""
+    shape = tile("scan" if copy == "exact" else f"scan {copy}", head_dim, dtype, device, arch)
+    block_n = max(16, shape.block_n // (2 if group > 8 else 1))
+    return ScanConfig(block_n, shape.num_warps, shape.num_stages, shape.per_sm * num_sms(device))
 
 
 def scan_registers(copy: str, dtype: torch.dtype) -> int | None:
-    """Bound on the registers of a thread in a scan of a copy, where four programs fit on an SM."""
-    return None if copy == "exact" else 255 if dtype == torch.float32 else 128
+    """Bound on the registers of a thread: in fp32 all there are, or the assembler may aim at an occupancy for
+    which it uses the stack; in a scan of a copy as many as let four programs fit on an SM."""
+    if dtype == torch.float32:
+        return 255
+    return None if copy == "exact" else 128
 
 
 def choose_config(n: int, group: int, device: torch.device) -> ChooseConfig:

@@ -109,7 +109,8 @@ def scan_constants(
     return {
         "HEAD_DIM": head_dim,
         "GROUP": group,
-        "BLOCK_G": max(16, next_power_of_2(group)),
+        # the product's smallest width, which the two parts of a query share
+        "BLOCK_G": max(4 if copy in ("int8", "int4") else 8, next_power_of_2(group)),
         "BLOCK_D": next_power_of_2(head_dim),
         "BLOCK_N": config.block_n,
         "BLOCK_E": next_power_of_2(rows * (2 if audited else 1)),
@@ -119,6 +120,7 @@ def scan_constants(
         "WIDTH": width,
         "BLOCK_W": max(32, next_power_of_2(width)),  # the shortest product of 8-bit integers
         "PRECISION": precision(dtype),
+        "LANES": min(4, config.block_n // 16),  # rows of warps in a tile
         "AUDIT": audited,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -136,7 +138,7 @@ def scan(
     num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
     rows, group, max_len = scratch.scores.shape
     copy = "exact" if key_copy is None else key_copy.kind.value
-    config = config or scan_config(head_dim, keys.dtype, keys.device, copy)
+    config = config or scan_config(head_dim, keys.dtype, keys.device, copy, group)
     scan_kernel[(config.slots + rows * (2 if audited else 1),)](
         query,
         keys,

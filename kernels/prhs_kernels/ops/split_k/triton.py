@@ -28,10 +28,13 @@ def assign(tiles, slots, program, num_rows, BLOCK_R: tl.constexpr):
     rows = tl.arange(0, BLOCK_R)
     size = tl.maximum(tl.cdiv(tl.sum(tiles, axis=0), slots), 1)
     full = tiles // size
-    ends = tl.cumsum(full, axis=0)
-    whole = tl.sum(full, axis=0)
-    row = tl.where(program < whole, tl.sum((ends <= program).to(tl.int32), axis=0), program - whole)
-    length, mine = pick(rows, row, tiles), pick(rows, row, full)
-    piece = tl.where(program < whole, program - pick(rows, row, ends) + mine, mine)
-    active = (program < whole) | ((row < num_rows) & (length > mine * size))
+    before = tl.cumsum(full, axis=0) <= program
+    # three sums at once, each below 2**21: rows that end before this piece, their pieces, those of all rows
+    counted = (before.to(tl.int64) << 42) + (tl.where(before, full, 0).to(tl.int64) << 21) + full
+    sums = tl.sum(counted, axis=0)
+    whole = (sums & 0x1FFFFF).to(tl.int32)
+    row = tl.where(program < whole, (sums >> 42).to(tl.int32), program - whole)
+    length = pick(rows, row, tiles)
+    piece = tl.where(program < whole, program - ((sums >> 21) & 0x1FFFFF).to(tl.int32), length // size)
+    active = (program < whole) | ((row < num_rows) & (length > piece * size))
     return row, piece * size, tl.minimum(piece * size + size, length), size, active

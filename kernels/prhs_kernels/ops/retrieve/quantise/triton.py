@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from prhs_kernels.ops.retrieve.codes.triton import round_even
 from prhs_kernels.ops.retrieve.key_copy import SMALLEST, KeyCopy, KeyCopyKind
-from prhs_kernels.ops.retrieve.triton import round_even
 
 TINY = tl.constexpr(SMALLEST)
 

@@ -1,0 +1,1 @@
+"""Writing low-bit key copies."""
