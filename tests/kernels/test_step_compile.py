@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from prhs_kernels.ops.backend import has_triton, interpreted
+from prhs_kernels.ops.skinny_linear.api import PROGRAMS_PER_SM, num_splits, num_stages
 
 pytestmark = pytest.mark.skipif(not has_triton() or interpreted(), reason="needs triton, not interpreted")
 
@@ -31,7 +32,7 @@ TYPES = {
     **{f"{name}_ptr": "*i32" for name in (*INTEGERS, "count", "idx")},
     **{f"{name}_ptr": "*i64" for name in ("slot", "padding", "window", "shift", "tokens")},
     **{f"{name}_ptr": "*fp64" for name in ("fraction", "ratio", "totals")},
-    **{f"{name}_ptr": "*fp32" for name in ("tau", "row_scale")},
+    **{f"{name}_ptr": "*fp32" for name in ("tau", "row_scale", "squares")},
     "data_ptr": "*u8",
     **{f"{name}_ptr": "*i64" for name in ("step", "seeds")},
     "alive_ptr": "*i1",
@@ -46,6 +47,10 @@ KERNELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, int
         "rms_norm", "rms_norm_kernel",
         {"SPLITS": 4, "HAS_RESIDUAL": True, "STORE_TOTAL": True, "BLOCK": 8192},
         {"hidden_ptr": "*fp32"}, {"num_warps": 16, "maxnreg": 128},
+    ),
+    "start_norm": (
+        "rms_norm", "start_norm_kernel", {"SPLITS": 4, "BLOCK": 512},
+        {"hidden_ptr": "*fp32", "down": "fp32"}, {"num_warps": 4},
     ),
     "rope_append": (
         "rope_append", "rope_append_kernel",
@@ -63,14 +68,17 @@ KERNELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, int
     "silu_mul": ("silu_mul", "silu_mul_kernel", {"BLOCK": 1024}, {}, {"num_warps": 4}),
     "linear_parts": (
         "skinny_linear", "linear_parts_kernel",
-        {"HAS_BIAS": True, "BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128},
-        {"out_ptr": "*fp32"}, {"num_warps": 4, "num_stages": 4},
+        {"HAS_BIAS": True, "BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "CHUNKS": 4},
+        {"out_ptr": "*fp32", "down": "fp32"}, {"num_warps": 4, "num_stages": 4},
     ),
-    "gated_linear": (
-        "skinny_linear", "gated_linear_kernel",
-        {"HAS_BIAS": False, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128},
-        {}, {"num_warps": 4, "num_stages": 4},
-    ),
+    **{
+        f"gated_linear, {stages} stages": (
+            "skinny_linear", "gated_linear_kernel",
+            {"HAS_BIAS": False, "BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "CHUNKS": 8},
+            {"down": "fp32"}, {"num_warps": 4, "num_stages": stages},
+        )
+        for stages in (2, 3, 4)
+    },
     "largest": (
         "next_token", "largest_kernel", {"BLOCK": 2048}, {"best_ptr": "*fp32", "place_ptr": "*i32"},
         {"num_warps": 4},
@@ -138,5 +146,28 @@ def test_it_compiles_without_spilling(name: str, arch: int) -> None:
     assert usage["STACK"] == usage["LOCAL"] == 0, usage
     assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == ("PDL" in names and arch >= 90)
     if folder == "skinny_linear":
-        assert compiled.metadata.shared <= 227 * 1024 // 2, "two programs on an SM"
+        together = PROGRAMS_PER_SM[options["num_stages"]]
+        assert (compiled.metadata.shared + 1024) * together <= 228 * 1024, "programs that fit on an SM"
         assert "cp.async.cg" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "splits"),
+    [(6144, 4096, 2), (12288, 4096, 1), (4096, 4096, 2), (4096, 14336, 4), (4096, 11008, 4), (640, 1280, 10)],
+)
+def test_projections_fill_the_device(size: int, width: int, splits: int) -> None:
+    """QKV, output and down projection of Llama-3-8B and LLaMA-2-7B, and a small one, on 132 SMs."""
+    assert num_splits(size // 64, width, 132) == splits
+
+
+def test_all_programs_run_at_once_where_they_can() -> None:
+    """Gate and up of Llama-3-8B, of LLaMA-2-7B, of a rank of Llama-3-70B, and of Qwen2.5-7B: too many."""
+    assert [num_stages(2 * ffn // 64, 132) for ffn in (14336, 11008, 3584, 18944)] == [2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("sms", [1, 2, 108, 148])
+def test_no_split_is_left_without_a_block(sms: int) -> None:
+    for tiles in (1, 5, 64, 1000):
+        for blocks in (1, 3, 32, 86):
+            splits = num_splits(tiles, 128 * blocks, sms)
+            assert 1 <= splits <= blocks and (splits - 1) * -(-blocks // splits) < blocks

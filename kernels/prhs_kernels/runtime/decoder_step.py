@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from prhs_kernels.ops.backend import Backend
 from prhs_kernels.ops.retrieve.state import GateInputs
-from prhs_kernels.ops.rms_norm.api import rms_norm
+from prhs_kernels.ops.rms_norm.api import StartedNorm, rms_norm, start_norm
 from prhs_kernels.ops.rope_append.api import rope_append
 from prhs_kernels.ops.silu_mul.api import silu_mul
 from prhs_kernels.ops.skinny_linear import api as skinny
@@ -24,6 +24,7 @@ from prhs_kernels.ops.step_plan.api import StepPlan
 from prhs_kernels.runtime.attach import OwnHook
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # weight and bias of a projection
+Rows = torch.Tensor | StartedNorm  # what a projection multiplies
 # layer, query after and before RoPE, new key, plan -> output `[batch, num_qo_heads, 1, head_dim]`
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, StepPlan], torch.Tensor]
 Gate = Callable[[int, StepPlan], GateInputs | None]  # of a layer, where the rotation decides who retrieves
@@ -153,9 +154,7 @@ class DecoderStep:
         out, residual = self.embedding[tokens], None
         cos, sin = self.rotary[plan.positions].unbind(dim=1)
         for index, layer in enumerate(self.layers):
-            normed, residual = rms_norm(
-                out, layer.input_norm, layer.eps, residual=residual, backend=self.backend
-            )
+            normed, residual = self._norm(out, layer.input_norm, layer.eps, residual, layer.qkv)
             query, query_pre, key = rope_append(
                 self._project(normed, layer.qkv),
                 keys[index],
@@ -170,24 +169,30 @@ class DecoderStep:
                 backend=self.backend,
             )
             out = self._project(attend(index, query, query_pre, key, plan).flatten(1), layer.o)
-            normed, residual = rms_norm(
-                out, layer.post_norm, layer.eps, residual=residual, backend=self.backend
-            )
+            normed, residual = self._norm(out, layer.post_norm, layer.eps, residual, layer.gate_up)
             out = self._project(self._activate(normed, layer.gate_up), layer.down)
         normed, _ = rms_norm(out, self.norm, self.eps, residual=residual, backend=self.backend)
         return linear(normed, *self.head)
 
+    def _norm(
+        self, out: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, pair: Pair
+    ) -> tuple[Rows, torch.Tensor]:
+        """Add to the residual stream and normalise it for a projection; that may have to finish it."""
+        if residual is not None and self._skinny(residual, pair):
+            return start_norm(out, weight, eps, residual=residual, backend=self.backend)
+        return rms_norm(out, weight, eps, residual=residual, backend=self.backend)
+
     def _skinny(self, rows: torch.Tensor, pair: Pair) -> bool:
         return self.backend == "triton" and skinny.fits(rows.shape[0], pair[0])
 
-    def _project(self, rows: torch.Tensor, pair: Pair) -> torch.Tensor:
+    def _project(self, rows: Rows, pair: Pair) -> torch.Tensor:
         """A projection, or its partial sums; the kernel that comes next takes both."""
-        if self._skinny(rows, pair):
+        if isinstance(rows, StartedNorm) or self._skinny(rows, pair):
             return skinny.linear_parts(rows, *pair, backend=self.backend)
         return linear(rows, *pair)
 
-    def _activate(self, rows: torch.Tensor, pair: Pair) -> torch.Tensor:
-        if self._skinny(rows, pair):
+    def _activate(self, rows: Rows, pair: Pair) -> torch.Tensor:
+        if isinstance(rows, StartedNorm) or self._skinny(rows, pair):
             return skinny.gated_linear(rows, *pair, backend=self.backend)
         return silu_mul(linear(rows, *pair), backend=self.backend)
 

@@ -18,7 +18,7 @@ from prhs_kernels.ops.next_token.api import next_token
 from prhs_kernels.ops.retrieve import launch
 from prhs_kernels.ops.retrieve.key_copy import KeyCopy, KeyCopyKind
 from prhs_kernels.ops.retrieve.state import GateInputs, RetrievalRule, RetrievalScratch, RetrievalState
-from prhs_kernels.ops.rms_norm.api import rms_norm
+from prhs_kernels.ops.rms_norm.api import rms_norm, start_norm
 from prhs_kernels.ops.rope_append.api import rope_append
 from prhs_kernels.ops.silu_mul.api import silu_mul
 from prhs_kernels.ops.skinny_linear.api import gated_linear, linear_parts
@@ -92,6 +92,30 @@ def test_norm_of_partial_sums(dtype: torch.dtype, adds: bool) -> None:
     exact = rms_norm(stock[1].double(), weight.double(), 1e-5, backend="reference")
     assert_as_exact_as(found[0], stock[0], exact[0], "normalised")
     torch.testing.assert_close(found[1], stock[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("rows", "width", "splits"), [(1, 128, 0), (5, 640, 2), (3, 2176, 4)])
+def test_a_projection_finishes_a_norm(dtype: torch.dtype, rows: int, width: int, splits: int) -> None:
+    """Chunks of a row, the last one partly empty; as exact as the whole norm before the projection."""
+    hidden = drawn(rows, width, dtype=dtype, seed=20)
+    if splits:
+        hidden = drawn(splits, rows, width, dtype=torch.float32, seed=21)
+    residual, weight = 9 * drawn(rows, width, dtype=dtype, seed=22), drawn(width, dtype=dtype, seed=23)
+    started, total = start_norm(hidden, weight, 1e-5, residual=residual, backend="triton")
+    normed, expected = rms_norm(hidden, weight, 1e-5, residual=residual, backend="reference")
+    torch.testing.assert_close(total, expected)
+    exact, _ = rms_norm(expected.double(), weight.double(), 1e-5, backend="reference")
+    factor = drawn(64, width, dtype=dtype, seed=24)
+    found = linear_parts(started, factor, splits=2 if width > 128 else 1, backend="triton").sum(dim=0)
+    stock = linear_parts(normed, factor, backend="reference").sum(dim=0)
+    exact = exact @ factor.double().T
+    assert_as_exact_as(found, stock, exact, "projection")
+    gate, up = exact.chunk(2, dim=-1)
+    found, stock = (
+        gated_linear(x, factor, backend=b) for x, b in ((started, "triton"), (normed, "reference"))
+    )
+    assert_as_exact_as(found, stock, torch.nn.functional.silu(gate) * up, "gated")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

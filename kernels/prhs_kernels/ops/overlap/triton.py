@@ -4,8 +4,9 @@ previous kernel still run, and wait for its results on the device. It hides the 
 Every program of a kernel that is launched this way waits before it reads what others wrote, so a kernel is
 complete only after the one before it. Most let the next kernel start only then: a program that starts behind
 one of those knows that the kernel before that one is complete, and need not wait for what it reads of it.
-`sparse_decode` makes use of that, behind the scan and the choice of `retrieve`; loads that do without waiting
-must not find in L1 what an earlier kernel left there. Elsewhere, and in the interpreter, all this is nothing.
+`sparse_decode` makes use of that behind the scan and the choice of `retrieve`, and `rope_append` for all but
+its projection; loads that do without waiting must not find in L1 what an earlier kernel left there.
+Elsewhere, and in the interpreter, all this is nothing.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False

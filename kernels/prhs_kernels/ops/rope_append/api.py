@@ -26,6 +26,9 @@ def rope_append(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries of one decode step after and before RoPE, and the new key; `keys` and `values` get its row.
 
+    The kernel reads all but `qkv` without waiting for the kernel in front of it, which may overlap with
+    the one before (`ops/overlap`): neither may have written any of it.
+
     Args:
         qkv: `[batch, (num_qo_heads + 2 * num_kv_heads) * head_dim]`, query heads first, then key, then
             value; or `[splits, batch, ...]` fp32 partial sums of `linear_parts`.

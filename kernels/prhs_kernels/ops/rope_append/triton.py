@@ -103,7 +103,6 @@ def rope_append_kernel(
     LARGEST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
     batch, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = batch * num_kv_heads + head
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -116,15 +115,10 @@ def rope_append_kernel(
     width = (num_qo_heads + 2 * num_kv_heads) * HEAD_DIM
     part = tl.num_programs(0) * width
     column = tl.where(line == GROUP, num_qo_heads + head, head * GROUP + line)
-    ptrs = qkv_ptr + batch * width + column[:, None] * HEAD_DIM + offs[None, :]
-    low = projected(ptrs, part, is_query | is_key, dtype, SPLITS)
-    high = projected(ptrs + HALF, part, is_query | is_key, dtype, SPLITS)
-    value_ptrs = qkv_ptr + batch * width + (num_qo_heads + num_kv_heads + head) * HEAD_DIM + offs
-    value_low = projected(value_ptrs, part, inside, dtype, SPLITS)
-    value_high = projected(value_ptrs + HALF, part, inside, dtype, SPLITS)
+    # only the projection is of the kernel before; all else is asked for while that one ends
     cos = tl.load(cos_ptr + batch * stride_cos + offs, mask=inside, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + batch * stride_sin + offs, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if GATE:  # everything is asked for before anything is needed
+    if GATE:
         known = load_rule(
             row, num_kv_heads, spans_ptr, budget_ptr, gate_ptr, tau_ptr, block_ptr, anchor_query_ptr,
             anchor_slot_ptr, count_ptr, capacity, num_local, HEAD_DIM, GROUP, BLOCK_G, BLOCK_H,
@@ -132,6 +126,13 @@ def rope_append_kernel(
         coin = 0
         if AUDIT:
             coin = tl.load(coin_ptr + row)
+    wait_for_previous(PDL)
+    ptrs = qkv_ptr + batch * width + column[:, None] * HEAD_DIM + offs[None, :]
+    low = projected(ptrs, part, is_query | is_key, dtype, SPLITS)
+    high = projected(ptrs + HALF, part, is_query | is_key, dtype, SPLITS)
+    value_ptrs = qkv_ptr + batch * width + (num_qo_heads + num_kv_heads + head) * HEAD_DIM + offs
+    value_low = projected(value_ptrs, part, inside, dtype, SPLITS)
+    value_high = projected(value_ptrs + HALF, part, inside, dtype, SPLITS)
     if HAS_NORM:
         norm_ptrs = tl.where(is_key, k_norm_ptr + offs[None, :], q_norm_ptr + offs[None, :])
         low, high = normed(low, high, norm_ptrs, is_query | is_key, eps, dtype, HALF)

@@ -6,11 +6,13 @@ import torch
 
 from prhs_kernels.errors import UsageError
 from prhs_kernels.ops.backend import Backend, check_like, check_shape, num_sms, use_triton
+from prhs_kernels.ops.rms_norm.api import StartedNorm
 from prhs_kernels.ops.skinny_linear import reference
 
 MAX_ROWS = 32  # beyond, the library's matrix product is at the bandwidth of the weights
-BLOCK_N, BLOCK_K = 64, 128
-PROGRAMS_PER_SM = 2  # what shared memory lets run together
+BLOCK_N, BLOCK_K, NUM_STAGES = 64, 128, 4
+PROGRAMS_PER_SM = {4: 2, 3: 3, 2: 4}  # by stages of their loads: what shared memory lets run together
+NARROW = 2048  # columns
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -20,15 +22,25 @@ def fits(rows: int, weight: torch.Tensor) -> bool:
     return 0 < rows <= MAX_ROWS and weight.dtype in DTYPES and not size % BLOCK_N and not width % BLOCK_K
 
 
-def num_splits(weight: torch.Tensor) -> int:
-    """Programs that share an output tile: enough of them to fill the device, from shapes only."""
-    tiles, blocks = weight.shape[0] // BLOCK_N, weight.shape[1] // BLOCK_K
-    wanted = max(1, PROGRAMS_PER_SM * num_sms(weight.device) // max(1, tiles))
-    return -(-blocks // -(-blocks // min(wanted, blocks)))  # no split that is left without a block
+def num_splits(tiles: int, width: int, sms: int) -> int:
+    """Programs that share an output tile: enough of them to fill the device, from shapes only.
+
+    Fewer where parts would be narrow and fewer still reach most SMs: the next kernel reads them all.
+    """
+    blocks = width // BLOCK_K
+    splits = min(max(1, PROGRAMS_PER_SM[NUM_STAGES] * sms // max(1, tiles)), blocks)
+    while splits > 1 and width < splits * NARROW and tiles * (splits - 1) >= 0.9 * sms:
+        splits -= 1
+    return -(-blocks // -(-blocks // splits))  # no split that is left without a block
+
+
+def num_stages(tiles: int, sms: int) -> int:
+    """Of the loads of programs that do not share tiles: as many as let all programs run at once."""
+    return next((stages for stages, each in PROGRAMS_PER_SM.items() if tiles <= each * sms), NUM_STAGES)
 
 
 def linear_parts(
-    rows: torch.Tensor,
+    rows: torch.Tensor | StartedNorm,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
@@ -38,7 +50,8 @@ def linear_parts(
     """`rows @ weight.T + bias` as partial sums, to be added (and rounded) by the kernel that reads them.
 
     Args:
-        rows: `[rows, width]`; weight: `[size, width]`, 16 bit; bias: `[size]` or None.
+        rows: `[rows, width]`, or what `start_norm` gave; weight: `[size, width]`, 16 bit; bias: `[size]` or
+            None.
         splits: parts of the width; default from the shapes and the device.
 
     Returns:
@@ -48,22 +61,30 @@ def linear_parts(
         UsageError: shapes, dtypes or devices that do not go together, or that `fits` denies.
         ResourceError: `backend="triton"` where triton cannot run.
     """
-    _check(rows, weight, bias)
-    splits = num_splits(weight) if splits is None else splits
-    if not use_triton(backend, rows):
-        return reference.linear_parts(rows, weight, bias, splits, BLOCK_K)
+    values, norm = _parted(rows)
+    _check(values, weight, bias)
+    if splits is None:
+        splits = num_splits(weight.shape[0] // BLOCK_N, weight.shape[1], num_sms(weight.device))
+    if not use_triton(backend, values):
+        factors = None if norm is None else norm.factors()
+        return reference.linear_parts(values, weight, bias, splits, BLOCK_K, factors)
     from prhs_kernels.ops.skinny_linear import triton as kernel
 
-    return kernel.linear_parts(rows.contiguous(), weight, bias, splits)
+    return kernel.linear_parts(values.contiguous(), weight, bias, splits, norm)
 
 
 def gated_linear(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: Backend = "auto"
+    rows: torch.Tensor | StartedNorm,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    backend: Backend = "auto",
 ) -> torch.Tensor:
     """`silu(gate) * up` of one fused projection.
 
     Args:
-        rows: `[rows, width]`; weight: `[2 * size, width]`, 16 bit, the gate first; bias: `[2 * size]`.
+        rows: `[rows, width]`, or what `start_norm` gave; weight: `[2 * size, width]`, 16 bit, the gate first;
+            bias: `[2 * size]`.
 
     Returns:
         `[rows, size]`.
@@ -71,12 +92,18 @@ def gated_linear(
     Raises:
         UsageError, ResourceError: as `linear_parts`.
     """
-    _check(rows, weight, bias)
-    if not use_triton(backend, rows):
-        return reference.gated_linear(rows, weight, bias)
+    values, norm = _parted(rows)
+    _check(values, weight, bias)
+    if not use_triton(backend, values):
+        return reference.gated_linear(values, weight, bias, None if norm is None else norm.factors())
     from prhs_kernels.ops.skinny_linear import triton as kernel
 
-    return kernel.gated_linear(rows.contiguous(), weight, bias)
+    stages = num_stages(weight.shape[0] // BLOCK_N, num_sms(weight.device))
+    return kernel.gated_linear(values.contiguous(), weight, bias, stages, norm)
+
+
+def _parted(rows: torch.Tensor | StartedNorm) -> tuple[torch.Tensor, StartedNorm | None]:
+    return (rows.rows, rows) if isinstance(rows, StartedNorm) else (rows, None)
 
 
 def _check(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

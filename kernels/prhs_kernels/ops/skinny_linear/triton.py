@@ -9,17 +9,21 @@ import triton
 import triton.language as tl
 
 from prhs_kernels.ops.overlap.triton import pdl_options
+from prhs_kernels.ops.rms_norm.api import DOWN, StartedNorm
+from prhs_kernels.ops.skinny_linear.api import BLOCK_K, BLOCK_N, NUM_STAGES
 
-BLOCK_N, BLOCK_K = 64, 128
-NUM_WARPS, NUM_STAGES = 4, 4  # two programs fit on an SM
+NUM_WARPS = 4
 
 
 @triton.jit
 def accumulate(
-    x_ptr, w_ptr, n, begin, end, rows, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w_ptr, squares_ptr, n, begin, end, rows, width, eps, down, CHUNKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows `n` of the weight times all rows of x over columns `[begin, end)`: `[BLOCK_N, BLOCK_M]` fp32."""
+    """Rows `n` of the weight times all rows of x over columns `[begin, end)`: `[BLOCK_N, BLOCK_M]` fp32.
+
+    With sums of squares x is a norm that was started; they are asked for first and used last.
+    """
     m, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * width + k[None, :]
     x_ptrs = x_ptr + m[None, :] * width + k[:, None]
@@ -27,11 +31,16 @@ def accumulate(
     if PDL:  # the next kernel may start at once: it waits for this one in its turn
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    if CHUNKS > 0:
+        square_ptrs = squares_ptr + m[:, None] * CHUNKS + tl.arange(0, CHUNKS)[None, :]
+        squares = tl.load(square_ptrs, mask=m[:, None] < rows, other=0.0)
     for start in range(begin, end, BLOCK_K):
         # read once: what other kernels will want again may stay in the cache
         w = tl.load(w_ptrs + start, eviction_policy="evict_first")
         x = tl.load(x_ptrs + start, mask=m[None, :] < rows, other=0.0)
         acc = tl.dot(w, x, acc)
+    if CHUNKS > 0:
+        acc *= (tl.rsqrt(tl.sum(squares, axis=1) / width + eps) / down)[None, :]
     return acc
 
 
@@ -40,11 +49,15 @@ def linear_parts_kernel(
     x_ptr,  # [rows, width]
     w_ptr,  # [size, width]
     bias_ptr,  # [size]
+    squares_ptr,  # [rows, CHUNKS], fp32; a power of 2
     out_ptr,  # [splits, rows, size], fp32
     rows,
     size,
     width,
     per_split,
+    eps,
+    down,
+    CHUNKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -55,7 +68,23 @@ def linear_parts_kernel(
     m, n = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = split * per_split
     end = tl.minimum(begin + per_split, width)
-    acc = accumulate(x_ptr, w_ptr, n, begin, end, rows, width, BLOCK_M, BLOCK_N, BLOCK_K, PDL)
+    acc = accumulate(
+        x_ptr,
+        w_ptr,
+        squares_ptr,
+        n,
+        begin,
+        end,
+        rows,
+        width,
+        eps,
+        down,
+        CHUNKS,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        PDL,
+    )
     if HAS_BIAS:
         if split == 0:
             acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
@@ -67,10 +96,14 @@ def gated_linear_kernel(
     x_ptr,  # [rows, width]
     w_ptr,  # [2 * size, width]
     bias_ptr,  # [2 * size]
+    squares_ptr,  # [rows, CHUNKS], fp32; a power of 2
     out_ptr,  # [rows, size]
     rows,
     size,
     width,
+    eps,
+    down,
+    CHUNKS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -83,7 +116,9 @@ def gated_linear_kernel(
     offs = tl.arange(0, BLOCK_N)
     first = tl.program_id(0) * HALF
     n = tl.where(offs < HALF, first + offs, size + first + offs - HALF)
-    acc = accumulate(x_ptr, w_ptr, n, 0, width, rows, width, BLOCK_M, BLOCK_N, BLOCK_K, PDL)
+    acc = accumulate(
+        x_ptr, w_ptr, squares_ptr, n, 0, width, rows, width, eps, down, CHUNKS, BLOCK_M, BLOCK_N, BLOCK_K, PDL
+    )
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
     pair = tl.permute(tl.reshape(acc, [2, HALF, BLOCK_M]), (1, 2, 0))
@@ -96,9 +131,10 @@ def gated_linear_kernel(
 
 
 def linear_parts(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, splits: int
-) -> torch.Tensor:
-    """Launch; arguments and result as in `api.linear_parts`."""
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, splits: int,
+    norm: StartedNorm | None,
+) -> torch.Tensor:  # fmt: skip
+    """Launch; arguments and result as in `api.linear_parts`; norm: of the rows."""
     (count, width), size = rows.shape, weight.shape[0]
     block_m = max(16, triton.next_power_of_2(count))
     out = torch.empty(splits, count, size, dtype=torch.float32, device=rows.device)
@@ -106,11 +142,15 @@ def linear_parts(
         rows,
         weight,
         bias if bias is not None else weight,
+        norm.squares if norm is not None else rows,
         out,
         count,
         size,
         width,
         triton.cdiv(width // BLOCK_K, splits) * BLOCK_K,
+        norm.eps if norm is not None else 0.0,
+        DOWN,
+        CHUNKS=0 if norm is None else norm.squares.shape[1],
         HAS_BIAS=bias is not None,
         BLOCK_M=block_m,
         BLOCK_N=BLOCK_N,
@@ -122,8 +162,11 @@ def linear_parts(
     return out
 
 
-def gated_linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Launch; arguments and result as in `api.gated_linear`."""
+def gated_linear(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stages: int,
+    norm: StartedNorm | None,
+) -> torch.Tensor:  # fmt: skip
+    """Launch; arguments and result as in `api.gated_linear`; stages: of the loads, norm: of the rows."""
     (count, width), size = rows.shape, weight.shape[0] // 2
     block_m = max(16, triton.next_power_of_2(count))
     out = torch.empty(count, size, dtype=rows.dtype, device=rows.device)
@@ -131,16 +174,20 @@ def gated_linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         rows,
         weight,
         bias if bias is not None else weight,
+        norm.squares if norm is not None else rows,
         out,
         count,
         size,
         width,
+        norm.eps if norm is not None else 0.0,
+        DOWN,
+        CHUNKS=0 if norm is None else norm.squares.shape[1],
         HAS_BIAS=bias is not None,
         BLOCK_M=block_m,
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
         **pdl_options(rows.device),
         num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        num_stages=stages,
     )
     return out

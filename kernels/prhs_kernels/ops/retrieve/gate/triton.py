@@ -71,7 +71,8 @@ def enlist(work_ptr, entry):
 @triton.jit
 def load_halves(ptrs, mask, HALF: tl.constexpr):
     """Tiles of the first and the second half of heads; zeros where masked."""
-    return tl.load(ptrs, mask=mask, other=0.0), tl.load(ptrs + HALF, mask=mask, other=0.0)
+    low = tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+    return low, tl.load(ptrs + HALF, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -80,12 +81,16 @@ def load_rule(
     count_ptr, capacity, num_local,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """What a decision rests on besides the queries: spans, who is contested, who may share, the anchor."""
+    """What a decision rests on besides the queries: spans, who is contested, who may share, the anchor.
+
+    The state is read from L2: `rope_append` asks before it waits, when L1 may hold an older one.
+    """
     batch, head = row // num_kv_heads, row % num_kv_heads
     first, sinks, window, middle, end = load_parts(spans_ptr, batch, num_local)
     contested = tl.load(budget_ptr + row) < middle
     mode, tau = tl.load(gate_ptr + head), tl.load(tau_ptr + head)
-    anchor_slot, count = tl.load(anchor_slot_ptr + row), tl.load(count_ptr + row)
+    anchor_slot = tl.load(anchor_slot_ptr + row, cache_modifier=".cg")
+    count = tl.load(count_ptr + row, cache_modifier=".cg")
     in_block = (anchor_slot >= 0) & (end - 1 - anchor_slot < tl.load(block_ptr + head))
     may_share = contested & in_block & (mode != 0) & (count < capacity)
     offs_g, offs = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H)
