@@ -69,7 +69,7 @@ def tuning_cases(inputs: Inputs) -> Iterator[Case]:
     sms = num_sms(device)
     for tile, splits, least in [
         ((64, 4, 3), 4, 1), ((64, 4, 3), 5, 1), ((64, 4, 3), 16, 4), ((64, 4, 3), 32, 4), ((64, 4, 3), 16, 3),
-        ((128, 8, 3), 2, 1), ((128, 4, 2), 4, 1), ((32, 4, 3), 5, 1), ((64, 2, 3), 4, 1),
+        ((128, 4, 2), 4, 1), ((32, 4, 3), 5, 1), ((64, 4, 2), 3, 1), ((64, 2, 2), 1, 1), ((64, 2, 2), 2, 1),
     ]:  # fmt: skip
         yield case("sparse", sparse_call, DecodeConfig(*tile, splits, least), kv_bytes * p.kept)
     for tile, per_sm in [
