@@ -11,8 +11,7 @@ from prhs_kernels.ops.skinny_linear import reference
 
 MAX_ROWS = 32  # beyond, the library's matrix product is at the bandwidth of the weights
 BLOCK_N, BLOCK_K, NUM_STAGES = 64, 128, 4
-PROGRAMS_PER_SM = {4: 2, 3: 3, 2: 4}  # by stages of their loads: what shared memory lets run together
-NARROW = 2048  # columns
+PROGRAMS_PER_SM = {4: 2, 3: 3}  # by stages of their loads: what shared memory lets run together
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -23,15 +22,10 @@ def fits(rows: int, weight: torch.Tensor) -> bool:
 
 
 def num_splits(tiles: int, width: int, sms: int) -> int:
-    """Programs that share an output tile: enough of them to fill the device, from shapes only.
-
-    Fewer where parts would be narrow and fewer still reach most SMs: the next kernel reads them all.
-    """
+    """Programs that share an output tile: enough of them to fill the device, from shapes only."""
     blocks = width // BLOCK_K
-    splits = min(max(1, PROGRAMS_PER_SM[NUM_STAGES] * sms // max(1, tiles)), blocks)
-    while splits > 1 and width < splits * NARROW and tiles * (splits - 1) >= 0.9 * sms:
-        splits -= 1
-    return -(-blocks // -(-blocks // splits))  # no split that is left without a block
+    wanted = max(1, PROGRAMS_PER_SM[NUM_STAGES] * sms // max(1, tiles))
+    return -(-blocks // -(-blocks // min(wanted, blocks)))  # no split that is left without a block
 
 
 def num_stages(tiles: int, sms: int) -> int:
