@@ -109,8 +109,7 @@ def scan_constants(
     return {
         "HEAD_DIM": head_dim,
         "GROUP": group,
-        # the product's smallest width, which the two parts of a query share
-        "BLOCK_G": max(4 if copy in ("int8", "int4") else 8, next_power_of_2(group)),
+        "BLOCK_G": next_power_of_2(group),
         "BLOCK_D": next_power_of_2(head_dim),
         "BLOCK_N": config.block_n,
         "BLOCK_E": next_power_of_2(rows * (2 if audited else 1)),
