@@ -202,7 +202,7 @@ def _choose(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     from prhs_kernels.ops.retrieve.choose.triton import choose_kernel
     from prhs_kernels.ops.retrieve.launch import choose_constants
 
-    config = choose_config(case.length, case.group, torch.device("meta"))
+    config = choose_config(case.length, case.group, case.length // 32, torch.device("meta"))
     constants = choose_constants(case.group, case.length, config)
     return choose_kernel, constants, {"num_warps": constants.pop("num_warps")}
 

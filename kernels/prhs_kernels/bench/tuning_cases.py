@@ -80,7 +80,7 @@ def tuning_cases(inputs: Inputs) -> Iterator[Case]:
     for tile, per_sm in [((128, 4, 4), 4), ((128, 4, 3), 4), ((128, 8, 3), 2), ((64, 4, 6), 4)]:
         num_bytes = p.rows * p.n * (p.head_dim + 8)
         yield case("scan int8", copy_scan_call, ScanConfig(*tile, per_sm * sms), num_bytes)
-    choice = choose_config(p.n, p.group, device)
+    choice = choose_config(p.n, p.group, p.kept, device)
     for other in [
         {"block_n": choice.block_n * 2}, {"sample": choice.sample * 2}, {"list_len": choice.list_len // 2},
         {"num_warps": 4, "programs": 4 * sms}, {"num_warps": 8, "programs": 2 * sms},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
@@ -56,11 +57,27 @@ def scan_registers(copy: str, dtype: torch.dtype) -> int | None:
     return None if copy == "exact" else 128
 
 
-def choose_config(n: int, group: int, device: torch.device) -> ChooseConfig:
-    """For caches of up to n slots: one program of 16 warps on an SM, four of 4 where rows are short."""
+def choose_config(n: int, group: int, capacity: int, device: torch.device) -> ChooseConfig:
+    """For caches of up to n slots and sets of up to `capacity`: one program of 16 warps on an SM, four of 4
+    where rows are short."""
     heads = next_power_of_2(group)  # about sixteen scores per thread
-    if n <= 4096:  # a list of a quarter of the row fits
-        listed = 512 if n <= 2048 else 1024
-        return ChooseConfig(max(256, 2048 // heads), listed, listed, 4, 4 * num_sms(device))
+    if n <= 4096:
+        sample = 512 if n <= 2048 else 1024
+        listed = list_length(n, capacity, sample, 2048)
+        return ChooseConfig(max(256, 2048 // heads), sample, listed, 4, 4 * num_sms(device))
     sample = 2048 if n <= 131072 else 4096
-    return ChooseConfig(max(512, min(2048, 8192 // heads)), sample, 2048, 16, num_sms(device))
+    listed = list_length(n, capacity, sample, 8192)
+    return ChooseConfig(max(512, min(2048, 8192 // heads)), sample, listed, 16, num_sms(device))
+
+
+def list_length(n: int, capacity: int, least: int, most: int) -> int:
+    """Candidates that stay in registers: as many as are listed where two thirds of the capacity are chosen.
+
+    Most of the rest are neighbours. With less, every step of the search goes through memory; with more than
+    is needed it takes longer. `least` positions are the sample.
+    """
+    if capacity >= n:  # for a head that keeps everything: it says nothing about those that choose
+        return least
+    k, stride = capacity * 2 / 3, n / least
+    listed = 1.125 * (k + 3.5 * math.sqrt(k * stride) + 2 * stride)
+    return min(max(next_power_of_2(math.ceil(listed)), least), most)

@@ -165,7 +165,7 @@ def scan(
 
 def choose_constants(group: int, max_len: int, config: ChooseConfig) -> dict[str, Any]:
     """Compile-time arguments of the choice."""
-    chunk = chunk_size(max_len)
+    chunk, threads = chunk_size(max_len), 32 * config.num_warps
     chunks = -(-max_len // chunk)
     return {
         "GROUP": group,
@@ -176,7 +176,8 @@ def choose_constants(group: int, max_len: int, config: ChooseConfig) -> dict[str
         "BLOCK_C": next_power_of_2(chunks),
         "SAMPLE": config.sample,
         "LIST": config.list_len,
-        "WORDS": 32 * config.num_warps,  # one for each thread, whose 32 keys are then loaded at once
+        "WORDS": threads,  # one for each thread, whose 32 keys are then loaded at once
+        "EMIT": (4 if max_len > 32768 else 2) * threads,  # words of a mask at once
         "num_warps": config.num_warps,
     }
 
@@ -191,7 +192,7 @@ def choose(
     from prhs_kernels.ops.retrieve.choose.triton import choose_kernel
 
     rows, group, max_len = scratch.scores.shape
-    config = config or choose_config(max_len, group, spans.device)
+    config = config or choose_config(max_len, group, state.indices.shape[-1], spans.device)
     entries = rows * (2 if twice else 1)
     choose_kernel[(max(config.programs, entries),)](
         spans,

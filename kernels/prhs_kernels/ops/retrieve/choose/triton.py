@@ -109,6 +109,7 @@ def choose_kernel(
     SAMPLE: tl.constexpr,
     LIST: tl.constexpr,
     WORDS: tl.constexpr,
+    EMIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
@@ -148,5 +149,5 @@ def choose_kernel(
                         keys_ptr, list_ptr + row * GROUP * max_len, words_ptr + row * 2 * max_words,
                         idx_ptr + row * capacity, count_ptr + row, GROUP / size.to(tl.float32),
                         tl.load(budget_ptr + row), tl.load(dilation_ptr + row % num_kv_heads),
-                        first, sinks, window, size, end, max_words, capacity, SAMPLE, LIST, WORDS,
+                        first, sinks, window, size, end, max_words, capacity, SAMPLE, LIST, WORDS, EMIT,
                     )  # fmt: skip

@@ -147,8 +147,36 @@ def thresholds(keys_ptr, list_ptr, listed, keys, k, third, floor, LIST: tl.const
 
 
 @triton.jit
+def set_bits(words_ptr, max_words, place, chosen, seeds):
+    """Set the bits of chosen positions in the first mask, of those with neighbours in the second."""
+    word, bit = place // 32, (place * 0 + 1) << (place % 32)
+    tl.atomic_or(words_ptr + word, bit, mask=chosen, sem="relaxed")
+    tl.atomic_or(words_ptr + max_words + word, bit, mask=seeds, sem="relaxed")
+
+
+@triton.jit
+def mark_tied(
+    keys_ptr, list_ptr, listed, words_ptr, max_words, low, high, some, low_3, high_3, some_3,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Set the bits of the first `some` on the list of those from `low` up to `high`: the oldest of them.
+
+    In a loop of its own: few registers are left beside a list.
+    """
+    for start in range(0, listed, TILE):
+        place, key = load_listed(keys_ptr, list_ptr, start + tl.arange(0, TILE), listed)
+        tied, tied_3 = (key >= low) & (key < high), (key >= low_3) & (key < high_3)
+        both = tied.to(tl.int32) + (tied_3.to(tl.int32) << 16)
+        rank, found = tl.cumsum(both, axis=0), tl.sum(both, axis=0)
+        tied, tied_3 = tied & ((rank & 0xFFFF) <= some), tied_3 & ((rank >> 16) <= some_3)
+        set_bits(words_ptr, max_words, place, tied, tied_3)
+        some, some_3 = some - (found & 0xFFFF), some_3 - (found >> 16)
+
+
+@triton.jit
 def mark(
-    keys_ptr, list_ptr, listed, place, key, words_ptr, max_words, bounds, k, third, LIST: tl.constexpr
+    keys_ptr, list_ptr, listed, place, key, words_ptr, max_words, bounds, k, third,
+    LIST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Set the bits of the k best, and of the best third, of the list whose first part is given."""
     low, high, at_low, at_high, low_3, high_3, at_low_3, at_high_3 = bounds
@@ -159,18 +187,12 @@ def mark(
         tl.where(at_low_3 == third, 0, third - at_high_3),
     )
     for start in range(0, listed, LIST):
-        word, bit = place // 32, tl.full([LIST], 1, tl.int32) << (place % 32)
-        chosen, seeds = key >= high, key >= high_3
-        if (some > 0) | (some_3 > 0):
-            tied, tied_3 = (key >= low) & (key < high), (key >= low_3) & (key < high_3)
-            # the list is in order of age: the oldest of the tied ones come first
-            rank = tl.cumsum(tied.to(tl.int32) + (tied_3.to(tl.int32) << 16), axis=0)
-            chosen |= tied & ((rank & 0xFFFF) <= some)
-            seeds |= tied_3 & ((rank >> 16) <= some_3)
-            some, some_3 = some - tl.max(rank & 0xFFFF, axis=0), some_3 - tl.max(rank >> 16, axis=0)
-        tl.atomic_or(words_ptr + word, bit, mask=chosen, sem="relaxed")
-        tl.atomic_or(words_ptr + max_words + word, bit, mask=seeds, sem="relaxed")
+        set_bits(words_ptr, max_words, place, key >= high, key >= high_3)
         place, key = load_listed(keys_ptr, list_ptr, start + LIST + tl.arange(0, LIST), listed)
+    if (some > 0) | (some_3 > 0):
+        mark_tied(
+            keys_ptr, list_ptr, listed, words_ptr, max_words, low, high, some, low_3, high_3, some_3, TILE
+        )
 
 
 @triton.jit
@@ -222,6 +244,7 @@ def select_row(
     SAMPLE: tl.constexpr,
     LIST: tl.constexpr,
     WORDS: tl.constexpr,
+    EMIT: tl.constexpr,
 ):
     """Write the sinks, the `k` best middle positions, neighbours of the best third, and the local ones."""
     third = k // 3
@@ -239,14 +262,14 @@ def select_row(
         tl.debug_barrier()  # every thread sees the list
     place, keys = load_listed(keys_ptr, list_ptr, tl.arange(0, LIST), listed)
     bounds = thresholds(keys_ptr, list_ptr, listed, keys, k, third, floor, LIST)
-    mark(keys_ptr, list_ptr, listed, place, keys, words_ptr, max_words, bounds, k, third, LIST)
+    mark(keys_ptr, list_ptr, listed, place, keys, words_ptr, max_words, bounds, k, third, LIST, WORDS)
     for start in range(0, sinks, 128):
         at = start + tl.arange(0, 128)
         tl.store(idx_ptr + at, first + at, mask=at < tl.minimum(sinks, capacity))
     local = end - window - size
     room = capacity - sinks - local  # the most recent positions are never the ones without room
     tl.debug_barrier()  # every thread sees the bits that others set
-    kept = emit(words_ptr, words_ptr + max_words, idx_ptr + sinks, size, window, radius, room, 2 * WORDS)
+    kept = emit(words_ptr, words_ptr + max_words, idx_ptr + sinks, size, window, radius, room, EMIT)
     kept = tl.maximum(tl.minimum(kept, room), 0)
     for start in range(0, local, 128):
         at = start + tl.arange(0, 128)
