@@ -18,6 +18,7 @@ from prhs_kernels.ops.sparse_decode.api import sparse_decode
 from prhs_kernels.testing.tolerances import assert_as_exact_as
 
 SINKS, LOCAL = 4, 32
+MOST_BYTES = 16 * 2**30  # of K and V, where two copies would do but for the sets that are read of them
 Kind = Literal["dense", "masked", "sparse", "stage", "layer", "peer", "tune"]
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Status = Literal["ok", "wrong", "failed", "out of memory"]
@@ -127,8 +128,10 @@ class Inputs:
         self.problem, self.dtype, self.device, self.seed = problem, dtype, device, seed
         self.item = torch.finfo(dtype).bits // 8
         self.scale = problem.head_dim**-0.5
-        self.copies = self._copies(problem.n)
         self.sets = self._copies(problem.kept)
+        # a layer whose rows share reads its sets only, the same ones in every call: of other keys each time
+        one = 2 * problem.rows * problem.n * problem.head_dim * self.item
+        self.copies = max(self._copies(problem.n), min(self.sets, MOST_BYTES // one))
 
     def _copies(self, positions: int) -> int:
         p = self.problem
