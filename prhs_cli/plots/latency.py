@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -20,6 +21,7 @@ KIND = "bench-operator"
 KINDS = ("bench-operator", "bench-decode")
 COLUMNS = 2  # panels side by side
 LONG = 30  # letters of a label, of which three do not fit beside each other
+BESIDE = 20  # letters of a line of a bar's name
 LINE, LINES = 0.17, 4  # inches of a line of the legend, and how many have room in every figure
 DENSE = Look("fastest dense", "#000000", "s", "-")
 MASKED = Look("masked sdpa as gpt-fast", "#777777", "x", "-")
@@ -145,7 +147,8 @@ def chart(
         axis.barh(height, value, color=look.color, height=0.7)
         for color, width in (("#ffffff", 3.0), ("#000000", 1.2)):
             axis.plot([bound], [height], marker="|", markersize=12, color=color, markeredgewidth=width)
-    axis.set_yticks(range(len(found)), [look.label for look, _ in found])
+    names = [textwrap.fill(look.label, BESIDE, break_on_hyphens=False) for look, _ in found]
+    axis.set_yticks(range(len(found)), names, fontsize="small")
     axis.invert_yaxis()
     axis.set_xlabel(what)
     axis.set_ylabel(f"{where.partition(' ')[0]} {rows[0]['problem'][varied]}")
