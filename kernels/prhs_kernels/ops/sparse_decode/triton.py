@@ -21,9 +21,8 @@ from prhs_kernels.ops.overlap.triton import load_acquire, pdl_options, wait_for_
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-CHAIN = tl.constexpr(
-    64
-)  # products along head_dim that fp32 sums in one chain: PyTorch breaks sums up as well
+# products along head_dim that fp32 sums in one chain: PyTorch breaks sums up as well
+CHAIN = tl.constexpr(64)
 
 
 @triton.jit
