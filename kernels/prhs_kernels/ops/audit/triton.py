@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from prhs_kernels.ops.attention_tile.triton import LN_2, LOG2_E, load_key_chunks, load_query_chunks, multiply
 from prhs_kernels.ops.audit.state import LayerAudit, ScanScratch, StepAudit
 from prhs_kernels.ops.decode_config import next_power_of_2, precision
 from prhs_kernels.ops.launch_table import Tile
 from prhs_kernels.ops.launch_table import tile as stored_tile
 from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
-from prhs_kernels.ops.sparse_decode.triton import LN_2, LOG2_E, load_key_chunks, load_query_chunks, multiply
 from prhs_kernels.ops.split_k.triton import assign, pick
 
 

@@ -8,9 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from prhs_kernels.ops.decode_config import DecodeConfig, max_registers
-from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
-from prhs_kernels.ops.sparse_decode.triton import (
+from prhs_kernels.ops.attention_tile.triton import (
     LOG2_E,
     attend_tile,
     finish,
@@ -20,6 +18,8 @@ from prhs_kernels.ops.sparse_decode.triton import (
     state_buffers,
     store_state,
 )
+from prhs_kernels.ops.decode_config import DecodeConfig, max_registers
+from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
 
 
 @triton.jit

@@ -11,10 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prhs_kernels.ops.attention_tile.triton import LOG2_E, load_key_chunks, load_query_chunks, multiply
 from prhs_kernels.ops.overlap.triton import wait_for_previous
 from prhs_kernels.ops.retrieve.codes.triton import scaled_query, score_codes, split_query
 from prhs_kernels.ops.retrieve.gate.triton import HEADER, load_parts
-from prhs_kernels.ops.sparse_decode.triton import LOG2_E, load_key_chunks, load_query_chunks, multiply
 from prhs_kernels.ops.split_k.triton import assign
 
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from prhs_kernels.ops.sparse_decode.triton import multiply
+from prhs_kernels.ops.attention_tile.triton import multiply
 from prhs_kernels.ops.window_prefill.config import capability_of, prefill_config
 
 LOG2_E = tl.constexpr(1.4426950408889634)

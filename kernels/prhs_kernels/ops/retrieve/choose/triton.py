@@ -12,10 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prhs_kernels.ops.attention_tile.triton import LN_2
 from prhs_kernels.ops.overlap.triton import wait_for_previous
 from prhs_kernels.ops.retrieve.gate.triton import HEADER, load_parts
 from prhs_kernels.ops.retrieve.select.triton import UNIT, select_row
-from prhs_kernels.ops.sparse_decode.triton import LN_2
 
 
 @triton.jit
