@@ -130,6 +130,6 @@ def _fall_back(request: Request) -> None:
         return
     request.run.attention = "dense"
     request.run.notes.append(
-        f"dense attention: at batch {batch} and {kv_len} positions its floor is {1e6 * floor.dense:.0f} µs a "
-        f"step, that of sparse attention {1e6 * floor.sparse:.0f} µs"
+        f"dense attention: at batch {batch} and {kv_len} positions it is expected to take "
+        f"{1e6 * floor.dense:.0f} µs a step, sparse attention {1e6 * floor.sparse:.0f} µs"
     )
