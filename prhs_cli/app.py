@@ -35,7 +35,6 @@ Start here:
 \b
 Exit codes: 0 fine, 1 bound violated, 2 wrong usage, 3 unusable input, 4 not enough memory, disk or device,
 130 interrupted.""",
-    no_args_is_help=True,
     rich_markup_mode=None,  # plain help starts faster and reads the same in a pipe
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -87,7 +86,8 @@ def run(arguments: Sequence[str]) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        code = typer.main.get_command(app).main(arguments, prog_name="prhs", standalone_mode=False)
+        given = arguments or ["--help"]
+        code = typer.main.get_command(app).main(given, prog_name="prhs", standalone_mode=False)
         sys.stdout.flush()
     except BaseException as error:
         if debug or isinstance(error, SystemExit | GeneratorExit):
@@ -95,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
         return _report(error)
     if code == errors.INTERRUPTED:  # Typer turns a Ctrl-C that no command handled into this
         return _report(KeyboardInterrupt())
-    return int(code or 0)
+    return int(code or 0) if arguments else errors.USAGE
 
 
 def main() -> NoReturn:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ..kernels.test_bench import needs_triton
-from .conftest import DELTA, ROOT, Workplace
+from .conftest import DELTA, ROOT, Prhs, Workplace
 
 PRHS = [sys.executable, "-m", "prhs_cli"]
 
@@ -55,6 +55,12 @@ def test_exit_codes(environment: dict[str, str], arguments: list[str], code: int
     done = subprocess.run([*PRHS, *arguments], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_help_is_shown_where_nothing_was_asked(prhs: Prhs) -> None:
+    bare, asked = prhs(), prhs("--help")
+    assert bare.out == asked.out and "\n  calibrate" in bare.out and bare.err == ""
+    assert (bare.code, asked.code) == (2, 0)
 
 
 def test_debug_prints_the_traceback(environment: dict[str, str]) -> None:
