@@ -31,8 +31,8 @@ class AnswerFile:
         self._passive = launched().rank > 0
         if self._passive:
             return
+        check_writable(path)  # first of all: a device has no end to read to
         whole = not path.exists() or self._read()
-        check_writable(path)
         if not whole:
             self._rewrite(self.answers)
 

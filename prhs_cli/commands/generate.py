@@ -108,7 +108,7 @@ def command(
     job = Job.prepare(out, source, delta, sampling, chosen, dense=compare is not None)
     requests = job.requests(prompts.prompts, raw, max_new_tokens)
     if prompts.is_text and file is None:
-        with interruptible("the text so far is all there is"):
+        with interruptible("nothing was printed" if as_json else "the text so far is all there is"):
             answer = continuing.stream(job, requests[0])
         summary = job.summary()
         parts = _parts(job, [answer], stats)

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from prhs_cli.answers import AnswerFile
+
 from .conftest import ROOT, Prhs, Workplace, random_text
 from .test_bad_input import rewrite_metadata
 
@@ -308,6 +310,16 @@ def test_an_interrupt_prints_what_is_finished(
     assert done.code == 130 and done.out == "" and "no prompt was finished" in done.error
 
 
+def test_an_interrupt_of_one_text_says_what_there_is(
+    prhs: Prhs, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(monkeypatch, 0, KeyboardInterrupt())
+    done = prhs(*generation(workplace, workplace.prompt))
+    assert (done.code, len(done.out) > 1) == (130, True) and "the text so far" in done.error
+    done = prhs(*generation(workplace, workplace.prompt, "--json"))
+    assert (done.code, done.out) == (130, "") and "nothing was printed" in done.error
+
+
 def test_ctrl_c_in_a_process(workplace: Workplace, questions: Path, tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     more = ("--output", output, "--batch-size", 1, "--max-new-tokens", 100)
@@ -403,6 +415,15 @@ def test_unusable_prompts_and_outputs_are_3(
     done = prhs(*generation(workplace, workplace.prompt, "--output", tmp_path / "absent" / "a.jsonl"))
     assert done.code == 3 and "absent" in done.error
     assert prhs(*generation(workplace, workplace.prompt, "--batch-size", 0)).code == 2
+
+
+def test_a_device_is_not_read_for_answers(
+    prhs: Prhs, workplace: Workplace, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/zero and /dev/full have no end: reading them took all memory of the machine."""
+    monkeypatch.setattr(AnswerFile, "_read", lambda self: pytest.fail("read a device"))
+    done = prhs(*generation(workplace, questions, "--output", "/dev/zero"))
+    assert done.code == 3 and "not a regular file" in done.error
 
 
 def test_keys_without_meaning_are_named(prhs: Prhs, workplace: Workplace, questions: Path) -> None:
