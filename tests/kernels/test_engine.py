@@ -141,6 +141,15 @@ def test_released_mode_holds_less_and_says_how_much() -> None:
     # its 2 sinks; room for 4 tokens more
     slots = [49 - max(0, int((1 - 0.05 ** (layer / 4)) * 45) - 2) for layer in range(4)]
     assert resident["released"] == sum(slots) * 2 * 2 * 16 * 8 < 0.75 * resident["audited"]
+    assert run.notes == []
+
+
+def test_released_mode_says_when_there_is_nothing_to_release() -> None:
+    model = exact_model("llama")
+    for mode, said in (("audited", 0), ("released", 1)):
+        run, params = Generation(), selector_params(model.config, time=MIXED)
+        list(generate_tokens(model, PROMPTS[:2], params, max_new_tokens=2, run=run, mode=mode))
+        assert sum(note.startswith("nothing to release: ") for note in run.notes) == said
 
 
 def test_prompt_steps_and_stop_tokens_go_through_the_engine_too() -> None:

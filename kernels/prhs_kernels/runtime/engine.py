@@ -107,6 +107,7 @@ class DecodeEngine:
             raise
         self._graph: Any = None
         self.length = 0  # slots in use, as the host counts them
+        self.released_slots = 0  # of all layers together, since the last prefill
         self._open = True
         return self
 
@@ -149,6 +150,7 @@ class DecodeEngine:
             taken = StaticCache()
             taken.take(cache, self.max_len, self._step.rule.padding, shift, self.params.num_sinks)
             self._step.rule.shift.copy_(torch.tensor(shift))
+            self.released_slots = sum(shift)
             self.sets.copy_keys(taken.keys, [length - moved for moved in shift])
             self._step.cache = taken
         return logits

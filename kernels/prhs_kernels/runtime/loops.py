@@ -41,6 +41,10 @@ def engine_loop(request: Request, backend: Backend) -> Iterator[list[int | None]
     ) as engine:
         run.backend = engine.backend
         logits = engine.prefill(request.ids[:, :prefix], request.mask[:, :prefix])
+        if run.mode == "released" and not engine.released_slots:
+            run.notes.append(
+                f"nothing to release: every layer still reaches every position of {prefix} tokens of prompt"
+            )
         engine.start(logits)
         for column in request.ids[:, prefix:].unbind(dim=1):
             engine.step(column)
