@@ -38,9 +38,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise ResourceError("device cuda was asked for, but torch sees no CUDA device here; use --device cpu")
     index = torch.cuda.current_device() if target.index is None else target.index
     if index >= count:
-        raise ResourceError(
-            f"device cuda:{index} was asked for, but there are {count}; use cuda:0 to cuda:{count - 1}"
-        )
+        there = "only cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise ResourceError(f"device cuda:{index} was asked for, but there is {there}; use that")
     return torch.device("cuda", index)
 
 

@@ -150,7 +150,9 @@ def test_cuda_asked_but_absent(folder: pathlib.Path, monkeypatch: pytest.MonkeyP
     one_line(ResourceError, lambda: models.load(str(folder), device="cuda"), "cuda", "--device cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    one_line(ResourceError, lambda: devices.resolve_device("cuda:2"), "cuda:2", "cuda:1")
+    one_line(ResourceError, lambda: devices.resolve_device("cuda:2"), "cuda:2", "cuda:0 to cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    one_line(ResourceError, lambda: devices.resolve_device("cuda:2"), "cuda:2", "there is only cuda:0")
 
 
 def test_loading_keeps_the_settings_of_transformers(folder: pathlib.Path) -> None:

@@ -308,6 +308,8 @@ def test_what_the_engine_refuses() -> None:
     params = selector_params(model.config, time={"reanchor": False})
     with pytest.raises(UnsupportedModelError, match="reanchor = False"):
         opened(model, params)
+    with pytest.raises(UnsupportedModelError, match="mode 'released' needs .* reanchor .*; use 'audited'"):
+        generate_tokens(model, PROMPTS, params, max_new_tokens=2, mode="released")
     plain = dense_params(model.config)
     with pytest.raises(UnsupportedModelError, match="activation 'gelu'"):
         opened(tiny_model("llama", hidden_act="gelu"), plain)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from prhs_kernels.errors import UsageError
+from prhs_kernels.errors import UnsupportedModelError, UsageError
 from prhs_kernels.ops.backend import Backend, use_triton
 from prhs_kernels.params import SelectorParams
 from prhs_kernels.runtime.auditing import Auditor, affordable_share
@@ -108,7 +108,11 @@ def _wants_engine(request: Request, backend: Backend) -> bool:
     if not triton and request.run.mode == "audited":
         return False
     reason = engine_unsupported(model, params, "triton" if triton else "reference")
-    if reason is None or backend == "triton" or request.run.mode == "released":
+    if reason is not None and request.run.mode == "released":
+        raise UnsupportedModelError(
+            f"mode 'released' needs the decode engine, which cannot run this model: {reason}; use 'audited'"
+        )
+    if reason is None or backend == "triton":
         return True  # the engine itself refuses what was asked for by name
     request.run.notes.append(f"decoding without the engine: {reason}")
     return False
