@@ -28,7 +28,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # bf16 is silently wrong in the interpreter
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 LENGTHS = [1, 15, 17, 63, 111, 1000]
-HEADS = [(4, 4), (6, 2), (16, 1)]  # query, KV
+HEADS = [(4, 4), (6, 2), (7, 1), (10, 2), (16, 1)]  # query, KV
 BATCH = 2
 
 

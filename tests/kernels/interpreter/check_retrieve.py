@@ -209,7 +209,7 @@ def test_a_full_set_retrieves_instead_of_growing() -> None:
     assert decisions == [1, 0, 0, 0, 1, 0, 0, 0, 1, 0]
 
 
-@pytest.mark.parametrize("group", [1, 3, 16])
+@pytest.mark.parametrize("group", [1, 3, 7, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_scores_choose_the_same_up_to_rounding(group: int, dtype: torch.dtype) -> None:
     """Against importances in float64: a position may only be swapped for one that is as good to fp32."""

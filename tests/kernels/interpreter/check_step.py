@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prhs_kernels.ops.audit.api import count_dropped, draw_coins, scan_units
 from prhs_kernels.ops.audit.state import LayerAudit, ScanScratch, StepAudit
@@ -418,6 +419,33 @@ def test_engine_gives_the_tokens_of_the_reference_loop(name: str) -> None:
     assert runs[1].audit is not None and runs[0].audit is not None
     assert runs[1].audit.units == runs[0].audit.units
     assert runs[1].audit.estimate == pytest.approx(runs[0].audit.estimate, rel=1e-4)
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses operators for whose result, or its shape, the host would wait."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select"), name
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", CASES)
+def test_the_host_reads_nothing_of_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph on a GPU would refuse to record, seen on a CPU as well."""
+    window = {"sliding_window": 20} if name == "mistral" else {}
+    model: Any = tiny_model(name, head_dim=64, num_hidden_layers=2, **window).to(DEVICE)
+    params = selector_params(model.config, **CASES[name])
+    run: dict[str, Any] = {"backend": "triton", "use_graph": False, "audit": 0.5}
+    with DecodeEngine(model, params, batch_size=2, max_len=60, **run) as engine:
+        engine.start(engine.prefill(*left_pad(PROMPTS, 0)))
+        engine.step()
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("tolist"))
+        with NoReads():
+            engine.step()
+        with NoReads(), pytest.raises(AssertionError, match="item|_local_scalar_dense"):
+            engine.alive.any().item()
 
 
 @torch.inference_mode()
