@@ -235,7 +235,9 @@ def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="not a CUDA device"):
         choose_device("cpu")
     monkeypatch.setattr(session, "has_triton", lambda: False)
-    with pytest.raises(ResourceError, match="needs the package triton"):
+    with pytest.raises(
+        ResourceError, match="needs the package triton.* pip install -c constraints.txt triton"
+    ):
         choose_device("cuda")
     monkeypatch.setattr(session, "has_triton", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -72,7 +72,8 @@ def choose_device(asked: str) -> str:
         raise UsageError(f"device {asked!r} is not known; give auto or cuda:N")
     if not has_triton():
         raise ResourceError(
-            "prhs bench needs the package triton, which the CUDA build of torch brings; install that one"
+            "prhs bench needs the package triton, which the CUDA build of torch brings; install that one, or "
+            "for a trial on a CPU (TRITON_INTERPRET=1) triton itself: pip install -c constraints.txt triton"
         )
     if interpreted():
         if kind == "cuda":
