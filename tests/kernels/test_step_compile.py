@@ -92,16 +92,17 @@ KERNELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, int
         f"scan_units, {head_dim}, {precision}": (
             "audit", "scan_units_kernel",
             {
-                "HEAD_DIM": head_dim, "GROUP": 4, "BLOCK_G": 16, "BLOCK_D": head_dim, "BLOCK_N": block_n,
-                "BLOCK_R": 512, "BLOCK_S": 256, "HAS_COUNT": True, "PRECISION": precision,
+                "HEAD_DIM": head_dim, "GROUP": 4, "BLOCK_G": 4, "BLOCK_D": head_dim, "BLOCK_N": block_n,
+                "BLOCK_R": 512, "BLOCK_S": 256, "PIECES": 133, "HAS_COUNT": True, "PRECISION": precision,
+                "LANES": min(4, block_n // 16),
             },
             {"part_ptr": "*fp32", "lse_ptr": "*fp32", "scale": "fp32", "counters_ptr": "*i32"}
             | ({} if precision == "tf32" else {"q_ptr": "*fp32", "k_ptr": "*fp32"}),
-            {"num_warps": warps, "num_stages": stages},
+            {"num_warps": warps, "num_stages": stages} | ({"maxnreg": 255} if precision == "ieee" else {}),
         )
         for head_dim, precision, block_n, warps, stages in (
-            (64, "tf32", 128, 4, 3), (128, "tf32", 128, 4, 3), (256, "tf32", 32, 4, 4),
-            (128, "ieee", 16, 8, 2), (256, "ieee", 16, 8, 2),
+            (64, "tf32", 64, 4, 4), (128, "tf32", 64, 4, 4), (256, "tf32", 32, 4, 4),
+            (128, "ieee", 16, 8, 2), (256, "ieee", 16, 4, 2),
         )
     },
     "step_plan": ("step_plan", "step_plan_kernel", {"BLOCK_H": 8}, {}, {"num_warps": 1}),

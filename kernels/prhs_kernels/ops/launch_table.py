@@ -35,9 +35,6 @@ _SM90 = {
     ("scan", 16, 128): Tile(64, 4, 4, per_sm=4),
     ("scan", 16, 256): Tile(32, 4, 4, per_sm=4),
     ("scan", 32, 256): Tile(16, 8, 2, per_sm=4),
-    ("scan_units", 16, 128): Tile(128, 4, 3),
-    ("scan_units", 16, 256): Tile(32, 4, 4),
-    ("scan_units", 32, 256): Tile(16, 8, 2),
     ("scan int8", 16, 128): Tile(128, 4, 4, per_sm=4),
     ("scan int8", 16, 256): Tile(64, 4, 4, per_sm=4),
     ("scan int8", 32, 256): Tile(16, 8, 2, per_sm=4),
@@ -56,7 +53,6 @@ _SM100 = {
     ("sparse_decode", 32, 128): Tile(16, 4, 2, per_sm=3),
     ("scan", 32, 128): Tile(16, 8, 2, per_sm=4),
     ("scan", 32, 256): Tile(16, 4, 2, per_sm=4),
-    ("scan_units", 32, 256): Tile(16, 4, 2),
 }
 _TABLES = {80: _SM90, 90: _SM90, 100: _SM100}
 

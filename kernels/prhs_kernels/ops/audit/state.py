@@ -105,7 +105,7 @@ class StepAudit:
 class ScanScratch:
     """Memory of `scan_units`; layers may share it.
 
-    parts: `[batch * num_kv_heads, group, pieces]` fp32, what programs found. counters: `[batch *
+    parts: `[2, batch * num_kv_heads, group, pieces]` fp32, what programs found. counters: `[batch *
     num_kv_heads]` int32, finished pieces, zero between scans.
     """
 
@@ -116,5 +116,5 @@ class ScanScratch:
     def allocate(cls, batch: int, num_kv_heads: int, group: int, device: torch.device) -> ScanScratch:
         """For as many pieces of a head as there are programs."""
         rows = batch * num_kv_heads
-        parts = torch.empty(rows, group, num_sms(device) + 1, dtype=torch.float32, device=device)
+        parts = torch.empty(2, rows, group, num_sms(device) + 1, dtype=torch.float32, device=device)
         return cls(parts, torch.zeros(rows, dtype=torch.int32, device=device))

@@ -11,12 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from prhs_kernels.ops.attention_tile.triton import LN_2, LOG2_E, load_key_chunks, load_query_chunks, multiply
+from prhs_kernels.ops.attention_tile.triton import LN_2
 from prhs_kernels.ops.audit.state import LayerAudit, ScanScratch, StepAudit
 from prhs_kernels.ops.decode_config import next_power_of_2, precision
 from prhs_kernels.ops.launch_table import Tile
 from prhs_kernels.ops.launch_table import tile as stored_tile
 from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
+from prhs_kernels.ops.retrieve.config import scan_registers
+from prhs_kernels.ops.retrieve.triton import load_query_for_keys, scan_rows
 from prhs_kernels.ops.split_k.triton import assign, pick
 
 
@@ -50,30 +52,6 @@ def draw_coins(audit: StepAudit) -> None:
 
 
 @triton.jit
-def score_piece(
-    q, base_ptr, first, begin, stop, length, stride_kn, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Base-2 log-sum-exp `[BLOCK_G]` of the scores of tiles [begin, stop) of `length` slots from `first` on.
-
-    The running softmax is kept per column of the tile: a reduction in the loop would wait for all warps.
-    """
-    best = tl.full([BLOCK_G, BLOCK_N], -1e30, tl.float32)  # not -inf, whose difference with itself is NaN
-    mass = tl.zeros([BLOCK_G, BLOCK_N], tl.float32)
-    for tile in range(begin, stop):
-        place = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        valid = place < length
-        k = load_key_chunks(base_ptr, first + place, valid, stride_kn, HEAD_DIM, BLOCK_D, PRECISION)
-        scores = tl.where(valid[None, :], multiply(q, k, PRECISION) * scale_log2, float("-inf"))
-        higher = tl.maximum(best, scores)
-        mass = mass * tl.exp2(best - higher) + tl.exp2(scores - higher)
-        best = higher
-    top = tl.max(best, axis=1)
-    return top + tl.log2(tl.sum(mass * tl.exp2(best - top[:, None]), axis=1))
-
-
-@triton.jit
 def scan_units_kernel(
     q_ptr,  # [batch, num_qo_heads, HEAD_DIM]
     k_ptr,  # [batch, num_kv_heads, n, HEAD_DIM]
@@ -83,13 +61,12 @@ def scan_units_kernel(
     count_ptr,  # [rows]
     decision_ptr,  # [rows]
     lse_ptr,  # [rows, GROUP]
-    part_ptr,  # [rows, GROUP, pieces], scratch, fp32
+    part_ptr,  # [2, rows, GROUP, PIECES], scratch, fp32: max and sum of exponentials
     counters_ptr,  # [rows], zeros: pieces that are done
     scale,
     num_kv_heads,
     num_rows,
     slots,
-    pieces,
     stride_qb,
     stride_qh,
     stride_kb,
@@ -102,8 +79,10 @@ def scan_units_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PIECES: tl.constexpr,
     HAS_COUNT: tl.constexpr,
     PRECISION: tl.constexpr,
+    LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_previous(PDL)
@@ -126,26 +105,28 @@ def scan_units_kernel(
         row = place.to(tl.int64)
         batch, head = row // num_kv_heads, row % num_kv_heads
         first = tl.load(spans_ptr + batch * 4 + 3) - length
-        q = load_query_chunks(
+        query = load_query_for_keys(
             q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D, PRECISION
         )
-        base_ptr = k_ptr + batch * stride_kb + head * stride_kh
-        lse = score_piece(
-            q, base_ptr, first, begin, stop, length, stride_kn, scale * LOG2_E, HEAD_DIM, BLOCK_G, BLOCK_D,
-            BLOCK_N, PRECISION,
+        max_ptr = part_ptr + row * GROUP * PIECES
+        sum_ptr = max_ptr + num_rows * GROUP * PIECES
+        scan_rows(  # keeps no scores
+            query, k_ptr + batch * stride_kb + head * stride_kh, part_ptr, part_ptr, max_ptr + begin // size,
+            sum_ptr + begin // size, scale, 0, 0, first, begin * BLOCK_N,
+            tl.minimum(stop * BLOCK_N, length), False, 0, stride_kn, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D,
+            BLOCK_N, PIECES, "exact", HEAD_DIM, BLOCK_D, PRECISION, LANES,
         )  # fmt: skip
-        offs_g, offs_s = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S)
-        in_group = offs_g < GROUP
-        part_ptrs = part_ptr + (row * GROUP + offs_g) * pieces
-        tl.store(part_ptrs + begin // size, lse, mask=in_group)
         tl.debug_barrier()  # all threads have stored before one of them reports it
         if tl.atomic_add(counters_ptr + row, 1) == used - 1:
             tl.store(counters_ptr + row, 0)
+            offs_g, offs_s = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S)
+            at, in_group = offs_g[:, None] * PIECES + offs_s[None, :], offs_g < GROUP
             mask = in_group[:, None] & (offs_s < used)[None, :]
-            parts = tl.load(part_ptrs[:, None] + offs_s[None, :], mask=mask, other=-1e30)
-            top = tl.max(parts, axis=1)
-            whole = top + tl.log2(tl.sum(tl.exp2(parts - top[:, None]), axis=1))
-            tl.store(lse_ptr + row * GROUP + offs_g, whole * LN_2, mask=in_group)
+            best = tl.load(max_ptr + at, mask=mask, other=-1e30)
+            top = tl.max(best, axis=1)
+            mass = tl.load(sum_ptr + at, mask=mask, other=0.0) * tl.exp2(best - top[:, None])
+            lse = top + tl.log2(tl.sum(mass, axis=1))
+            tl.store(lse_ptr + row * GROUP + offs_g, lse * LN_2, mask=in_group)
 
 
 def scan_constants(head_dim: int, dtype: torch.dtype, rows: int, group: int, pieces: int, config: Tile):
@@ -153,12 +134,14 @@ def scan_constants(head_dim: int, dtype: torch.dtype, rows: int, group: int, pie
     return {
         "HEAD_DIM": head_dim,
         "GROUP": group,
-        "BLOCK_G": max(16, next_power_of_2(group)),
+        "BLOCK_G": next_power_of_2(group),
         "BLOCK_D": next_power_of_2(head_dim),
         "BLOCK_N": config.block_n,
         "BLOCK_R": next_power_of_2(rows),
         "BLOCK_S": next_power_of_2(pieces),
+        "PIECES": pieces,
         "PRECISION": precision(dtype),
+        "LANES": min(4, config.block_n // 16),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -169,8 +152,8 @@ def scan_units(
     decision: torch.Tensor, scale: float, count: torch.Tensor | None, scratch: ScanScratch,
 ) -> None:  # fmt: skip
     """Launch; arguments as in `api.scan_units`, already checked."""
-    rows, group, pieces = scratch.parts.shape
-    config = stored_tile("scan_units", keys.shape[3], keys.dtype, keys.device)
+    rows, group, pieces = scratch.parts.shape[1:]
+    config = stored_tile("scan", keys.shape[3], keys.dtype, keys.device)
     slots = pieces - 1  # a head has what is left over besides
     query = query if query.stride(-1) == 1 else query.contiguous()
     scan_units_kernel[(slots + rows,)](
@@ -188,12 +171,12 @@ def scan_units(
         keys.shape[1],
         rows,
         slots,
-        pieces,
         query.stride(0),
         query.stride(1),
         *keys.stride()[:3],
         **scan_constants(keys.shape[3], keys.dtype, rows, group, pieces, config),
         HAS_COUNT=count is not None,
+        maxnreg=scan_registers("exact", keys.dtype),
         **pdl_options(query.device),
     )
 

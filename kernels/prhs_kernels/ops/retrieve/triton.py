@@ -34,6 +34,20 @@ def load_columns(
 
 
 @triton.jit
+def load_query_for_keys(
+    q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The group's queries as `scan_rows` takes them for exact keys."""
+    if PRECISION == "ieee":
+        return load_query_chunks(
+            q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D, PRECISION
+        )
+    else:
+        return load_columns(q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D)
+
+
+@triton.jit
 def slot_of(place, first, sinks, window, end):
     """Cache slot of a place; behind the last the last one's, which may be read without a mask."""
     place = tl.minimum(place, end - 1)
@@ -132,14 +146,9 @@ def scan_piece(
         if COPY == "exact":
             reads_cache = audited >= 0
         if reads_cache:
-            if PRECISION == "ieee":
-                query = load_query_chunks(
-                    q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D, PRECISION
-                )
-            else:
-                query = load_columns(
-                    q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D
-                )  # fmt: skip
+            query = load_query_for_keys(
+                q_ptr, batch, head, stride_qb, stride_qh, HEAD_DIM, GROUP, BLOCK_G, BLOCK_D, PRECISION
+            )
             scan_rows(
                 query, k_ptr + batch * stride_kb + head * stride_kh, key_scale_ptr, out_ptr, max_ptr, sum_ptr,
                 scale, first, sinks, window, begin, stop, audited == 0, max_len, stride_kn,
