@@ -4,9 +4,10 @@ previous kernel still run, and wait for its results on the device. It hides the 
 Every program of a kernel that is launched this way waits before it reads what others wrote, so a kernel is
 complete only after the one before it. Most let the next kernel start only then: a program that starts behind
 one of those knows that the kernel before that one is complete, and need not wait for what it reads of it.
-`sparse_decode` makes use of that behind the scan and the choice of `retrieve`, and `rope_append` for all but
-its projection; loads that do without waiting must not find in L1 what an earlier kernel left there.
-Elsewhere, and in the interpreter, all this is nothing.
+`rope_append` makes use of that for all but its projection, and `sparse_decode` behind the choice of
+`retrieve`, whose programs let it start when the scan has told them that all decisions are made; loads that
+do without waiting must not find in L1 what an earlier kernel left there. Elsewhere, and in the interpreter,
+all this is nothing.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -37,6 +38,25 @@ def load_acquire(ptr):
     return tl.inline_asm_elementwise(
         "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def load_relaxed(ptr):
+    """An int32 scalar as it is now, for a program that waits until it changes."""
+    address = ptr.to(tl.int64)
+    return tl.inline_asm_elementwise(
+        "ld.relaxed.gpu.global.b32 $0, [$1];", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def post(ptr, value):
+    """Store an int32 scalar that other programs wait for, before anything that this thread does later."""
+    address = ptr.to(tl.int64)
+    tl.inline_asm_elementwise(
+        "st.relaxed.gpu.global.b32 [$1], $2; fence.acq_rel.gpu; mov.b32 $0, 0;", "=r,l,r", [address, value],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @functools.cache

@@ -113,8 +113,8 @@ def chunk_size(n: int) -> int:
 class RetrievalScratch:
     """Memory of one retrieval; layers may share it. `rows = batch * num_kv_heads`.
 
-    work: `[3 + 2 * rows]` int32: next free place of the list, its length for later stages, chunks of a piece
-        of the scan, the list.
+    work: `[3 + 2 * rows]` int32: next free place of the list, its length for later stages and 1 (0 while it
+        is not known), chunks of a piece of the scan, the list.
     scores: `[rows, group, n]` fp32, base-2 logits.
     weights: `[rows, n up to a multiple of 1024]` int32, bits of the importance.
     words: `[rows, 2, ceil(n / 32)]` int32, bit masks of the chosen positions and of those with neighbours.

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from prhs_kernels.ops.attention_tile.triton import LOG2_E, load_key_chunks, load_query_chunks, multiply
-from prhs_kernels.ops.overlap.triton import wait_for_previous
+from prhs_kernels.ops.overlap.triton import post, wait_for_previous
 from prhs_kernels.ops.retrieve.codes.triton import scaled_query, score_codes, split_query
 from prhs_kernels.ops.retrieve.gate.triton import HEADER, load_parts
 from prhs_kernels.ops.split_k.triton import assign
@@ -221,7 +221,10 @@ def scan_kernel(
     # in flight at the same time, whatever lies behind the last entry
     entries = tl.load(work_ptr + HEADER + listed, mask=listed < num_rows * (2 if AUDIT else 1), other=0)
     if program == 0:
-        tl.store(work_ptr + 1, active)
+        if PDL:
+            post(work_ptr + 1, active + 1)
+        else:
+            tl.store(work_ptr + 1, active + 1)
     if active > 0:
         entries = tl.where(listed < active, entries, 0)
         _, sinks, window, _, end = load_parts(spans_ptr, entries // 2 // num_kv_heads, 0)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from prhs_kernels.ops.decode_config import max_registers
-from prhs_kernels.ops.overlap.triton import pdl_options, wait_for_previous
-from prhs_kernels.ops.retrieve.gate.triton import decide, load_rule
+from prhs_kernels.ops.overlap.triton import pdl_options
+from prhs_kernels.ops.retrieve.gate.triton import decide, let_next_start, load_rule
 from prhs_kernels.ops.retrieve.key_copy import KeyCopyKind
 from prhs_kernels.ops.retrieve.launch import gate_constants, gate_numbers, gate_tensors
 from prhs_kernels.ops.retrieve.quantise.triton import store_codes
@@ -126,13 +127,19 @@ def rope_append_kernel(
         coin = 0
         if AUDIT:
             coin = tl.load(coin_ptr + row)
-    wait_for_previous(PDL)
+    if PDL:
+        gdc_wait()
     ptrs = qkv_ptr + batch * width + column[:, None] * HEAD_DIM + offs[None, :]
     low = projected(ptrs, part, is_query | is_key, dtype, SPLITS)
     high = projected(ptrs + HALF, part, is_query | is_key, dtype, SPLITS)
     value_ptrs = qkv_ptr + batch * width + (num_qo_heads + num_kv_heads + head) * HEAD_DIM + offs
     value_low = projected(value_ptrs, part, inside, dtype, SPLITS)
     value_high = projected(value_ptrs + HALF, part, inside, dtype, SPLITS)
+    if PDL:
+        if GATE:
+            let_next_start(work_ptr, row)
+        else:
+            gdc_launch_dependents()
     if HAS_NORM:
         norm_ptrs = tl.where(is_key, k_norm_ptr + offs[None, :], q_norm_ptr + offs[None, :])
         low, high = normed(low, high, norm_ptrs, is_query | is_key, eps, dtype, HALF)

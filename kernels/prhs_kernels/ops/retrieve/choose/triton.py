@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from prhs_kernels.ops.attention_tile.triton import LN_2
-from prhs_kernels.ops.overlap.triton import wait_for_previous
+from prhs_kernels.ops.overlap.triton import load_relaxed
 from prhs_kernels.ops.retrieve.gate.triton import HEADER, load_parts
 from prhs_kernels.ops.retrieve.select.triton import UNIT, select_row
 
@@ -76,6 +77,24 @@ def weigh_part(
 
 
 @triton.jit
+def wait_for_list(work_ptr, PDL: tl.constexpr):
+    """Length of the work list, from the scan's first program; waits for all of the scan if it is not empty.
+
+    That program has started: this kernel's start only when all of the scan's have.
+    """
+    if PDL:
+        active = load_relaxed(work_ptr + 1) - 1
+        while active < 0:
+            active = load_relaxed(work_ptr + 1) - 1
+        gdc_launch_dependents()
+        if active > 0:
+            gdc_wait()
+    else:
+        active = tl.load(work_ptr + 1) - 1
+    return active
+
+
+@triton.jit
 def choose_kernel(
     spans_ptr,  # [batch, 4]
     work_ptr,  # [HEADER + 2 * rows]
@@ -112,15 +131,17 @@ def choose_kernel(
     EMIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
-    active, piece = tl.load(work_ptr + 1), tl.load(work_ptr + 2)
+    active = wait_for_list(work_ptr, PDL)
     if tl.program_id(0) == 0:
+        if PDL:
+            gdc_wait()  # complete means that the scan is
         tl.store(work_ptr, 0)  # for the next step
     offs_g = tl.arange(0, BLOCK_G)
     # one part for each program: in a loop over parts, the compiler would keep every index vector of the code
     # below in registers
     parts = tl.maximum(num_parts // tl.maximum(active, 1), 1)
     if tl.program_id(0) < active * parts:
+        piece = tl.load(work_ptr + 2)
         entry, part = tl.load(work_ptr + HEADER + tl.program_id(0) // parts), tl.program_id(0) % parts
         row, audited = (entry // 2).to(tl.int64), entry % 2
         first, sinks, window, size, end = load_parts(spans_ptr, row // num_kv_heads, num_local)

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from prhs_kernels.ops.overlap.triton import wait_for_previous
+from prhs_kernels.ops.overlap.triton import post
 
 HEADER = tl.constexpr(3)
 
@@ -66,6 +67,14 @@ def enlist(work_ptr, entry):
     """Put an entry on the work list."""
     place = tl.atomic_add(work_ptr, 1)
     tl.store(work_ptr + HEADER + place, entry.to(tl.int32))
+
+
+@triton.jit
+def let_next_start(work_ptr, row):
+    """Let the scan start, once nobody can take the length of the last step's list for that of this step's."""
+    if row == 0:
+        post(work_ptr + 1, 0)
+    gdc_launch_dependents()
 
 
 @triton.jit
@@ -170,8 +179,15 @@ def gate_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        gdc_wait()
+    batch, head = row // num_kv_heads, row % num_kv_heads
+    offs_g, offs = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H)
+    inside = (offs_g < GROUP)[:, None] & (offs < HEAD_DIM // 2)[None, :]
+    # what nearly every gate compares, asked for at once
+    ptrs = q_ptr + batch * stride_qb + (head * GROUP + offs_g[:, None]) * stride_qh
+    low, high = load_halves(ptrs + offs[None, :], inside, HEAD_DIM // 2)
     known = load_rule(
         row, num_kv_heads, spans_ptr, budget_ptr, gate_ptr, tau_ptr, block_ptr, anchor_query_ptr,
         anchor_slot_ptr, count_ptr, capacity, num_local, HEAD_DIM, GROUP, BLOCK_G, BLOCK_H,
@@ -179,14 +195,10 @@ def gate_kernel(
     coin = 0
     if AUDIT:
         coin = tl.load(coin_ptr + row)
-    batch, head = row // num_kv_heads, row % num_kv_heads
-    offs_g, offs = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H)
-    inside = (offs_g < GROUP)[:, None] & (offs < HEAD_DIM // 2)[None, :]
+    if PDL:
+        let_next_start(work_ptr, row)
     if known[6] == 2:  # the gate compares queries before RoPE
         ptrs = q_pre_ptr + batch * stride_pb + (head * GROUP + offs_g[:, None]) * stride_ph
-        low, high = load_halves(ptrs + offs[None, :], inside, HEAD_DIM // 2)
-    else:
-        ptrs = q_ptr + batch * stride_qb + (head * GROUP + offs_g[:, None]) * stride_qh
         low, high = load_halves(ptrs + offs[None, :], inside, HEAD_DIM // 2)
     decide(
         low, high, known, coin, row, anchor_query_ptr, anchor_slot_ptr, idx_ptr, count_ptr, decision_ptr,
