@@ -29,7 +29,7 @@ def stream(job: Job, request: Request) -> dict[str, Any]:
         words = prompting.Detokenizer(job.loaded.tokenizer)
         made: list[list[int]] = []
         try:
-            for (token,) in job.steps(name, [request], made):
+            for (token,) in job.steps(name, [request], made, ["1"]):
                 assert token is not None  # a single prompt ends the loop when it ends
                 out.text(words.add(token))
         except KeyboardInterrupt:
@@ -71,7 +71,8 @@ def answer_all(
 
     try:
         with out.progress() as progress:
-            _run_batches(job, pending, _batch_size(job, pending, batch_size), keep, progress)
+            size = _batch_size(job, pending, batch_size)
+            _run_batches(job, pending, [names[index] for index in todo], size, keep, progress)
     except (KeyboardInterrupt, PrhsError) as error:
         if isinstance(sink, Screen):
             sink.flush()
@@ -97,6 +98,7 @@ def agreement(data: Mapping[str, Any]) -> dict[str, int]:
 def _run_batches(
     job: Job,
     requests: Sequence[Request],
+    names: Sequence[str],
     batch_size: int,
     keep: Callable[[int, dict[str, Any]], None],
     progress: Callable[[str, int, int], None],
@@ -108,11 +110,11 @@ def _run_batches(
     total = sum(request.max_new_tokens for request in requests) * len(job.variants)
     done = 0
     for batch in plan_batches(requests, batch_size) if requests else []:
-        part = [requests[index] for index in batch]
+        part, own = [requests[index] for index in batch], [names[index] for index in batch]
         before: dict[str, list[list[int]]] = {name: [] for name in job.variants}
         open_rows = set(range(len(batch)))
         for name in (*earlier, last):
-            for tokens in job.steps(name, part, before[name], seed=min(batch)):
+            for tokens in job.steps(name, part, before[name], own):
                 done += sum(token is not None for token in tokens)
                 progress("tokens", done, total)
                 if name != last:

@@ -98,15 +98,18 @@ class Job:
         return requests
 
     def steps(
-        self, variant: str, requests: Sequence[Request], made: list[list[int]], seed: int = 0
+        self, variant: str, requests: Sequence[Request], made: list[list[int]], names: Sequence[str]
     ) -> Iterator[list[int | None]]:
-        """Run one batch and yield every step's tokens, `made` growing by them; records the run at its end."""
+        """Run one batch and yield every step's tokens, `made` growing by them; records the run at its end.
+
+        names: of the prompts, by which they sample alike in any batch.
+        """
         from prhs_kernels.runtime.batches import generate_batch
         from prhs_kernels.runtime.decode import Generation
 
         run, params = Generation(), self.variants[variant]
         own = {"audit": None if params.is_dense else self._coin(requests)}
-        sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + seed)
+        sampling = dataclasses.replace(self.sampling, streams=tuple(names))
         made += [[] for _ in requests]
         with self.room.explained(width(requests), len(requests)):
             for tokens in generate_batch(

@@ -65,6 +65,23 @@ def test_mixed_lengths_give_the_tokens_of_single_runs_in_input_order(
         assert [(answer["id"], answer["sparse"]) for answer in lines(done.out)] == expected
 
 
+def test_a_prompt_draws_the_same_in_every_batch_and_after_an_interrupt(
+    prhs: Prhs, workplace: Workplace, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = generation(workplace, questions, "--temperature", 1.5, "--seed", 3)
+    whole = lines(prhs(*command, "--json").out)
+    assert len({tuple(answer["sparse"]["tokens"][:5]) for answer in whole}) == 4
+    for size in (1, 2, 3):
+        assert lines(prhs(*command, "--json", "--batch-size", size).out) == whole
+    output = tmp_path / "answers.jsonl"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, KeyboardInterrupt())
+        assert prhs(*command, "--output", output, "--batch-size", 1).code == 130
+    assert prhs(*command, "--output", output).code == 0
+    assert lines(output.read_text("utf-8")) == whole
+    assert lines(prhs(*command, "--json", "--mode", "released").out)[0]["sparse"] == whole[0]["sparse"]
+
+
 def test_texts_are_printed_in_order_below_their_ids(
     prhs: Prhs, workplace: Workplace, questions: Path, tmp_path: Path
 ) -> None:

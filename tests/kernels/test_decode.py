@@ -244,6 +244,9 @@ def test_settings_out_of_range_are_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(UsageError, match="max_new_tokens = 0"):
         made(model, [PROMPTS[0]], dense_params(model.config), count=0)
+    with pytest.raises(UsageError, match="2 streams to sample from for 1 prompts"):
+        sampling = Sampling(temperature=1.0, streams=("a", "b"))
+        made(model, [PROMPTS[0]], dense_params(model.config), sampling=sampling)
     for settings, match in (
         ({"temperature": -0.1}, "temperature = -0.1"),
         ({"temperature": math.nan}, "temperature = nan"),

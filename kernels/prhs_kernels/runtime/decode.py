@@ -80,6 +80,8 @@ def generate_tokens(
     run = run if run is not None else Generation()
     run.mode = mode
     sampling = sampling or Sampling()
+    if sampling.streams and len(sampling.streams) != len(prompts):
+        raise UsageError(f"{len(sampling.streams)} streams to sample from for {len(prompts)} prompts")
     auditor = None if audit is None else Auditor(audit, seed=AUDIT_SEED + launched().rank)
     request = Request(
         model,

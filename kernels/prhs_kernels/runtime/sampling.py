@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import torch
 
@@ -12,11 +13,16 @@ from prhs_kernels.ops.next_token.reference import argmax
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: greedy at temperature 0, else nucleus sampling with a fixed seed."""
+    """How the next token is drawn: greedy at temperature 0, else nucleus sampling with a fixed seed.
+
+    streams: a name per sequence, which with the seed decides what it draws, whatever runs beside it; without
+    names a sequence draws by its place in the batch.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    streams: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -30,6 +36,9 @@ class Sampling:
 
     def uniforms(self, steps: int, batch: int) -> torch.Tensor:
         """`[steps, batch]` float64 in [0, 1), what the first `steps` draws of this seed use; on the CPU."""
+        if self.streams:
+            rows = [_uniforms(_generator(self.seed, name), steps) for name in self.streams]
+            return torch.stack(rows, dim=1)
         sampler = Sampler(self)
         return torch.stack([sampler.uniforms(batch) for _ in range(steps)])
 
@@ -57,6 +66,7 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
         self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._streams = [_generator(sampling.seed, name) for name in sampling.streams]
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         """Next token ids `[batch]` int64."""
@@ -66,4 +76,15 @@ class Sampler:
 
     def uniforms(self, batch: int) -> torch.Tensor:
         """The next row, `[batch]` float64."""
-        return torch.rand(batch, dtype=torch.float64, generator=self._generator)
+        if self._streams:
+            return torch.cat([_uniforms(own, 1) for own in self._streams])
+        return _uniforms(self._generator, batch)
+
+
+def _uniforms(generator: torch.Generator, count: int) -> torch.Tensor:
+    return torch.rand(count, dtype=torch.float64, generator=generator)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
