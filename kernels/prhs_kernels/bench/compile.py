@@ -100,7 +100,8 @@ _POINTERS = {
     "weights_ptr": "i32", "words_ptr": "i32", "dilation_ptr": "i32", "lse_ptr": "fp32", "part_ptr": "fp32",
     "part_lse_ptr": "fp32", "tau_ptr": "fp32", "scores_ptr": "fp32", "chunk_max_ptr": "fp32",
     "padding_ptr": "i64", "fraction_ptr": "fp64",
-    "chunk_sum_ptr": "fp32", "counters_ptr": "i32", "list_ptr": "i32", "coin_ptr": "i32",
+    "chunk_sum_ptr": "fp32", "counters_ptr": "i32", "tally_ptr": "i32", "lists_ptr": "i32",
+    "guess_ptr": "i32", "list_ptr": "i32", "coin_ptr": "i32",
     "codes_ptr": "u8", "data_ptr": "u8", "key_scale_ptr": "fp32", "row_scale_ptr": "fp32", "slots_ptr": "i32",
     "audit_lse_ptr": "fp32", "lse_kept_ptr": "fp32", "sums_ptr": "fp64", "units_ptr": "i64",
 }  # fmt: skip

@@ -83,7 +83,7 @@ def engine_bytes(shape: RunShape, batch: int, max_len: int, prompt_len: int = 0)
         group = shape.num_qo_heads // shape.num_kv_heads
         anchors = group * shape.head_dim * shape.itemsize
         held += shape.selecting * rows * (4 * shape.capacity(max_len) + anchors + max_len * shape.copied)
-        held += rows * max_len * (4 * group + 4 + 1)  # scores, weights, bit masks
+        held += rows * max_len * (4 * group + 4 + 1 + 2)  # scores, weights, bit masks, lists
     activations = shape.activations(batch * prompt_len)
     return Needed(
         decode=held + slot * (shape.num_layers * max_len + prompt_len),

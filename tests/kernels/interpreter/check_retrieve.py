@@ -79,14 +79,15 @@ def new_state(query: torch.Tensor, keys: torch.Tensor, capacity: int) -> Retriev
     return state
 
 
-def poisoned(keys: torch.Tensor) -> RetrievalScratch:
-    """Scratch full of NaN, and of keys that would win."""
+def poisoned(keys: torch.Tensor, more: int = 37) -> RetrievalScratch:
+    """Scratch for `more` slots, full of NaN, and of keys that would win."""
     batch, num_kv_heads, n, _ = keys.shape
-    scratch = RetrievalScratch.allocate(batch, num_kv_heads, GROUP, n + 37, DEVICE)
+    scratch = RetrievalScratch.allocate(batch, num_kv_heads, GROUP, n + more, DEVICE)
     for floats in (scratch.scores, scratch.chunk_max, scratch.chunk_sum):
         floats.fill_(torch.nan)
     scratch.weights.fill_(2**31 - 1)
     scratch.words.fill_(-1)
+    scratch.lists.fill_(10**8)
     scratch.work[3:] = 10**8
     return scratch
 
@@ -118,7 +119,7 @@ def both(query, keys, spans, budget, rule_, start, scratch, query_pre=None, key_
     same(found, expected)
     if audit is not None:
         torch.testing.assert_close(audit.lse, other.lse, rtol=1e-5, atol=1e-5, equal_nan=True)
-    for counters in (scratch.work[:1], scratch.counters):
+    for counters in (scratch.work[:1], scratch.tally):
         assert not counters.any(), "ready for the next step"
     return found
 
@@ -235,24 +236,32 @@ def test_random_scores_choose_the_same_up_to_rounding(group: int, dtype: torch.d
     torch.testing.assert_close(state.lse[0, 0].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
-def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short blocks, so that short rows take several, more than one program, and a sample."""
+LONG = 5000  # slots from which on candidates are counted by bins
+
+
+def configured(monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
+    """Other launch shapes of the choice."""
     from prhs_kernels.ops.retrieve import launch
     from prhs_kernels.ops.retrieve.config import choose_config
 
-    def short(*args):
-        return dataclasses.replace(choose_config(*args), list_len=64, sample=64, num_warps=1, programs=7)
+    monkeypatch.setattr(
+        launch, "choose_config", lambda *args: dataclasses.replace(choose_config(*args), **changes)
+    )
 
-    monkeypatch.setattr(launch, "choose_config", short)
+
+def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short blocks, so that short rows take several, more than one program, and a sample."""
+    configured(monkeypatch, list_len=64, sample=64, num_warps=1, programs=7)
 
 
-def test_a_list_that_does_not_fit_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", [37, LONG])
+def test_a_list_that_does_not_fit_a_block(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven levels are 360 ties each."""
     shortened(monkeypatch)
     query, keys = separated(2500, (2 * GROUP, 2), 64, torch.float32, levels=7)
     spans = candidate_spans(torch.tensor([2500, 900]), torch.tensor([0, 17]), num_sinks=2).to(DEVICE)
     budget = torch.tensor([[100, 300], [1, 500]], dtype=torch.int32, device=DEVICE)
-    both(query, keys, spans, budget, rule(2, dilation=2), new_state(query, keys, 2500), poisoned(keys))
+    both(query, keys, spans, budget, rule(2, dilation=2), new_state(query, keys, 2500), poisoned(keys, more))
 
 
 def test_a_sample_that_misleads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,9 +277,59 @@ def test_a_sample_that_misleads(monkeypatch: pytest.MonkeyPatch) -> None:
     both(query, keys, spans, budget, rule(2, dilation=2), new_state(query, keys, 1000), poisoned(keys))
 
 
+def listed_afresh(scratch: RetrievalScratch) -> list[bool]:
+    """Of every row whether the last retrieval made an ascending list, which lies where its scores were."""
+    first = scratch.scores.view(torch.int32)[:, 0, :2]
+    return ((first[:, 0] >= 0) & (first[:, 0] < first[:, 1]) & (first[:, 1] < scratch.max_len)).tolist()
+
+
+@pytest.mark.parametrize(("length", "levels"), [(120, 0), (2100, 0), (1100, 60)])
+def test_no_guess_of_a_threshold_changes_a_set(
+    length: int, levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None, right, of another budget and window, too high, too low, after a reset; ties at thresholds."""
+    configured(
+        monkeypatch,
+        listed=1,
+        block_n=512,
+        programs=12,
+        list_len=64 if length == 120 else 128,
+        sample=64,
+        num_warps=1,
+    )
+    query, keys = separated(length, (2 * GROUP, 2), 64, torch.float32, levels)
+    state, scratch = new_state(query, keys, length), poisoned(keys, LONG)
+    used = torch.tensor([length, length - 9], device=DEVICE)
+    right = [levels > 0] * 4  # the oldest of ties are found in an ascending list
+
+    def chosen(kept: int, window: int = 2) -> list[bool]:
+        """With budgets of up to `kept`; whose list was made afresh."""
+        nonlocal state
+        start = torch.full((BATCH,), window, device=DEVICE)
+        spans = candidate_spans(used, used * 0, num_sinks=2, num_local=3, window_start=start)
+        budget = torch.tensor([[kept, kept - 1], [kept // 2, kept - 2]], dtype=torch.int32, device=DEVICE)
+        state = both(query, keys, spans, budget, rule(2, gate=0, dilation=2), state, scratch)
+        return listed_afresh(scratch)
+
+    assert chosen(20) == [True] * 4 and (state.guess > 0).all()
+    assert chosen(20, window=3) == right, "nearly the same scores again"
+    for kept in (8, length // 4, 20):
+        chosen(kept, window=kept % 5 + 2)
+    for guess in (1, 2**31 - 1):
+        state.guess.fill_(guess)
+        assert chosen(20) == [True] * 4
+    assert chosen(20) == right
+    keys[:, :, length // 2, 0] += 40.0  # one position outweighs all: nothing else reaches the guess
+    assert chosen(20) == [True] * 4
+    state.reset()
+    assert not state.guess.any()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize(("length", "kept"), [(100, 6), (1500, 90)])
-def test_keys_that_are_no_numbers_spoil_their_own_head_only(length: int, kept: int, value: float) -> None:
+def test_keys_that_are_no_numbers_spoil_their_own_head_only(
+    length: int, kept: int, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One key of a head or all; what is chosen then are slots of the cache, and the search for it ends."""
     query, keys = separated(length, (3 * GROUP, 3), 64, torch.float32)
     spans = candidate_spans(torch.tensor([length, length]), torch.tensor([0, 0]), num_sinks=2).to(DEVICE)
@@ -279,7 +338,13 @@ def test_keys_that_are_no_numbers_spoil_their_own_head_only(length: int, kept: i
     given = {"spans": spans, "budget": budget, "rule": rule(3), "scale": 1.0}
     retrieve(query, keys, **given, state=expected, backend="reference")
     keys[:, 0, 50], keys[:, 1] = value, value
-    retrieve(query, keys, **given, state=found, scratch=poisoned(keys), backend="triton")
+    configured(monkeypatch, listed=1)
+    # the third time from what such a head left for a guess
+    for scratch in (poisoned(keys), *[poisoned(keys, LONG)] * 2):
+        found.count.zero_()
+        found.anchor_slot.fill_(-1)
+        retrieve(query, keys, **given, state=found, scratch=scratch, backend="triton")
+        assert not scratch.tally.any()
     count = int(expected.count[0, 2])
     assert torch.equal(found.count[:, 2], expected.count[:, 2])
     assert torch.equal(found.indices[0, 2, :count], expected.indices[0, 2, :count])

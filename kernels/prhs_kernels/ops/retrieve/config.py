@@ -25,13 +25,15 @@ class ScanConfig:
 @dataclasses.dataclass(frozen=True)
 class ChooseConfig:
     """block_n: positions weighed per iteration; sample: positions for a bound; list_len: candidates that stay
-    in registers; programs: parts that run at once."""
+    in registers; programs: parts that run at once; listed: parts of a row from which on candidates are listed
+    while they are weighed."""
 
     block_n: int
     sample: int
     list_len: int
     num_warps: int
     programs: int
+    listed: int = 8  # with few parts of many tiles, waiting for places on the list costs more than a sample
 
 
 def scan_config(

@@ -22,6 +22,7 @@ from prhs_kernels.ops.retrieve.state import (
     RetrievalScratch,
     RetrievalState,
     chunk_size,
+    num_bins,
 )
 
 
@@ -178,6 +179,8 @@ def choose_constants(group: int, max_len: int, config: ChooseConfig) -> dict[str
         "LIST": config.list_len,
         "WORDS": threads,  # one for each thread, whose 32 keys are then loaded at once
         "EMIT": (4 if max_len > 32768 else 2) * threads,  # words of a mask at once
+        "BINS": num_bins(max_len) if group <= 8 else 0,  # larger tiles of scores leave no registers for them
+        "LISTED": config.listed,
         "num_warps": config.num_warps,
     }
 
@@ -202,7 +205,9 @@ def choose(
         scratch.chunk_max,
         scratch.chunk_sum,
         scratch.weights,
-        scratch.counters,
+        scratch.tally,
+        scratch.lists,
+        state.guess,
         scratch.words,
         budget,
         rule.dilation,
@@ -216,6 +221,7 @@ def choose(
         max_len,
         scratch.weights.shape[1],
         scratch.words.shape[2],
+        scratch.lists.shape[2],
         state.indices.shape[-1],
         rule.num_local,
         **choose_constants(group, max_len, config),

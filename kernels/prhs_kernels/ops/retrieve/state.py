@@ -70,6 +70,8 @@ class RetrievalState:
     anchor_slot: heads int32, slot of the last retrieval, -1 for none. decision: heads int32, a `Decision`.
     lse: `[batch, num_kv_heads, group]` fp32, log-sum-exp over all candidates at the last retrieval, of the
         scores that it saw: exact on exact keys, approximate where a low-bit copy was scanned.
+    guess: heads int32, bits of the importance from which the kernels list candidates in the next retrieval, 0
+        for none. Any value leaves the sets as they are; the reference has no use for it.
     """
 
     indices: torch.Tensor
@@ -78,6 +80,7 @@ class RetrievalState:
     anchor_slot: torch.Tensor
     decision: torch.Tensor
     lse: torch.Tensor
+    guess: torch.Tensor
 
     @classmethod
     def allocate(
@@ -93,12 +96,14 @@ class RetrievalState:
             anchor_slot=torch.full(heads, -1, dtype=torch.int32, device=device),
             decision=torch.zeros(heads, dtype=torch.int32, device=device),
             lse=torch.full((*heads, group), -torch.inf, dtype=torch.float32, device=device),
+            guess=torch.zeros(heads, dtype=torch.int32, device=device),
         )
 
     def reset(self) -> None:
         """Forget every set; on the device, so also inside a captured graph."""
         self.count.zero_()
         self.anchor_slot.fill_(-1)
+        self.guess.zero_()
 
 
 MAX_CHUNKS = 256  # of a row: one block holds what the scan found in all of them
@@ -107,6 +112,11 @@ MAX_CHUNKS = 256  # of a row: one block holds what the scan found in all of them
 def chunk_size(n: int) -> int:
     """Positions that are the unit of sharing out a scan, for rows of up to n."""
     return max(256, 1 << (-(-n // MAX_CHUNKS) - 1).bit_length())
+
+
+def num_bins(n: int) -> int:
+    """Bins in which candidates of rows of up to n are counted, two for a thread; none for short rows."""
+    return 0 if n <= 4096 else 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,7 +129,8 @@ class RetrievalScratch:
     weights: `[rows, n up to a multiple of 1024]` int32, bits of the importance.
     words: `[rows, 2, ceil(n / 32)]` int32, bit masks of the chosen positions and of those with neighbours.
     chunk_max, chunk_sum: `[2, rows, group, chunks]` fp32, softmax of every piece of the scan; [1]: of audits.
-    counters: `[rows]` int32, zero between retrievals.
+    tally: `[rows, 32 + bins]` int32, zero between retrievals: parts that are done, candidates, those by bin.
+    lists: `[rows, 2, n / 4 up to 8192]` int32, candidates and bits of their importance; none without bins.
     """
 
     work: torch.Tensor
@@ -128,7 +139,8 @@ class RetrievalScratch:
     words: torch.Tensor
     chunk_max: torch.Tensor
     chunk_sum: torch.Tensor
-    counters: torch.Tensor
+    tally: torch.Tensor
+    lists: torch.Tensor
 
     @classmethod
     def allocate(
@@ -150,7 +162,10 @@ class RetrievalScratch:
             words=torch.empty(rows, 2, -(-n // 32), dtype=torch.int32, device=device),
             chunk_max=floats(2, rows, group, chunks),
             chunk_sum=floats(2, rows, group, chunks),
-            counters=zeros(rows),
+            tally=zeros(rows, 32 + num_bins(n)),
+            lists=torch.empty(
+                rows, 2, min(n // 4, 8192) if num_bins(n) else 0, dtype=torch.int32, device=device
+            ),
         )
 
     @property

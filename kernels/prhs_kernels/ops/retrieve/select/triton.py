@@ -1,9 +1,9 @@
 """Choose the new set of one row by one program: exact, ties to the oldest position, no sort.
 
-A sample of the row tells above which importance the k best surely lie. One pass lists those positions in
-ascending order; should they be fewer than k, it is repeated with a lower bound. Both thresholds, of the k
-best and of the best third, are then found on the list alone, by bisection on the bits. What is chosen becomes
-bits of a mask: neighbours are shifts, and the prefix sum runs over words.
+Where those who weighed the row have not listed the best already, a sample of it tells above which importance
+the k best surely lie. One pass lists those positions in ascending order; should they be fewer than k, it is
+repeated with a lower bound. Both thresholds, of the k best and of the best third, are then found on the list
+alone. What is chosen becomes bits of a mask: neighbours are shifts, and the prefix sum runs over words.
 
 Importances lie as `address` says, so that a thread that packs 32 of them into a word reads along with its
 neighbours.
@@ -16,15 +16,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-UNIT = tl.constexpr(1024)  # importances are stored in blocks of so many
-STEP = tl.constexpr(1 << 22)  # half an octave, in bits: the first step of a search
-CEILING = tl.constexpr(0x7F800001)  # above the bits of any number
-
-
-@triton.jit
-def address(place):
-    """Where the importance of a position lies: in every block the first bits of 32 words, then the second."""
-    return (place & -UNIT) + ((place & 31) << 5) + ((place >> 5) & 31)
+from prhs_kernels.ops.retrieve.search.triton import (
+    BINS_AT,
+    CEILING,
+    STEP,
+    UNIT,
+    address,
+    bin_of,
+    load_listed,
+    narrow,
+    read_bins,
+    thresholds,
+    whole_range,
+)
 
 
 @triton.jit
@@ -33,19 +37,6 @@ def sample_row(keys_ptr, size, stride, SAMPLE: tl.constexpr):
     drawn = tl.arange(0, SAMPLE)
     place = drawn * stride + ((drawn * 40503) >> 5) % stride  # a fixed step might meet a period of the text
     return tl.load(keys_ptr + address(place), mask=place < size, other=-1)
-
-
-@triton.jit
-def narrow(low, high, at_low, at_high, probe, at_probe, wanted, floor, step):
-    """Keep the part where the count passes `wanted`, at_low >= wanted >= at_high; besides, the next probe."""
-    up = (at_low > wanted) & (at_probe >= wanted)
-    down = (at_low > wanted) & (at_probe < wanted)
-    low, high = tl.where(up, probe, low), tl.where(down, probe, high)
-    at_low, at_high = tl.where(up, at_probe, at_low), tl.where(down, at_probe, at_high)
-    # the middle; while one end is still that of the search, a step from the other
-    middle = low + (high - low) // 2
-    probe = tl.where(low == floor, tl.maximum(high - step, middle), middle)
-    return low, high, at_low, at_high, tl.where(high == CEILING, tl.minimum(low + step, middle), probe)
 
 
 @triton.jit
@@ -86,7 +77,9 @@ def write_bits(word, at, first, out_ptr, begin, room):
 
 
 @triton.jit
-def list_above(keys_ptr, list_ptr, words_ptr, low, size, max_words, WORDS: tl.constexpr):
+def list_above(
+    keys_ptr, list_ptr, words_ptr, low, size, max_words, WORDS: tl.constexpr, CLEAR: tl.constexpr
+):  # fmt: skip
     """List positions whose key is `low` or more, ascending, and clear both masks; returns how many."""
     listed = 0 * size
     bit = tl.arange(0, 32)[:, None]
@@ -98,52 +91,12 @@ def list_above(keys_ptr, list_ptr, words_ptr, low, size, max_words, WORDS: tl.co
         ptrs = tl.multiple_of((keys_ptr + block + at % 32)[None, :] + 32 * bit, (4, 4))
         key = tl.load(ptrs, mask=(block < size)[None, :], other=-1)
         word = tl.sum((key >= low).to(tl.int32) << bit, axis=0)
-        chosen_ptrs = tl.max_contiguous(words_ptr + at, 1)
-        tl.store(chosen_ptrs, 0, mask=at < max_words)
-        tl.store(chosen_ptrs + max_words, 0, mask=at < max_words)
+        if CLEAR:
+            chosen_ptrs = tl.max_contiguous(words_ptr + at, 1)
+            tl.store(chosen_ptrs, 0, mask=at < max_words)
+            tl.store(chosen_ptrs + max_words, 0, mask=at < max_words)
         listed = write_bits(word.to(tl.uint32, bitcast=True), at, 0, list_ptr, listed, size)
     return listed
-
-
-@triton.jit
-def load_listed(keys_ptr, list_ptr, order, listed):
-    """Positions on the list and their keys; -1 behind its end."""
-    place = tl.load(tl.max_contiguous(list_ptr + order, 1), mask=order < listed, other=0)
-    return place, tl.load(keys_ptr + address(place), mask=order < listed, other=-1)
-
-
-@triton.jit
-def count_two(keys_ptr, list_ptr, listed, keys, one, other, LIST: tl.constexpr):
-    """How many keys of the list are at least `one`, and `other`; `keys` holds a list that fits."""
-    if listed <= LIST:
-        # both counts in one word and one reduction: neither is above 32767
-        both = tl.sum((keys >= one).to(tl.int32) + ((keys >= other).to(tl.int32) << 16), axis=0)
-        counted, counted_other = both & 0xFFFF, both >> 16
-    else:
-        first = tl.zeros([LIST], tl.int32)
-        second = tl.zeros([LIST], tl.int32)
-        for start in range(0, listed, LIST):
-            _, key = load_listed(keys_ptr, list_ptr, start + tl.arange(0, LIST), listed)
-            first += (key >= one).to(tl.int32)
-            second += (key >= other).to(tl.int32)
-        counted, counted_other = tl.sum(first, axis=0), tl.sum(second, axis=0)
-    return counted, counted_other
-
-
-@triton.jit
-def thresholds(keys_ptr, list_ptr, listed, keys, k, third, floor, LIST: tl.constexpr):
-    """For the k best and the best third: ends of a range of bits, and how many keys are at least as large."""
-    low, low_3, high, high_3 = floor, floor, floor * 0 + CEILING, floor * 0 + CEILING
-    at_low, at_low_3, at_high, at_high_3 = listed, listed, listed * 0, listed * 0
-    probe, probe_3, step = floor + STEP, floor + STEP, tl.full([], STEP, tl.int32)
-    while ((at_low > k) & (high - low > 1)) | ((at_low_3 > third) & (high_3 - low_3 > 1)):
-        at, at_3 = count_two(keys_ptr, list_ptr, listed, keys, probe, probe_3, LIST)
-        low, high, at_low, at_high, probe = narrow(low, high, at_low, at_high, probe, at, k, floor, step)
-        low_3, high_3, at_low_3, at_high_3, probe_3 = narrow(
-            low_3, high_3, at_low_3, at_high_3, probe_3, at_3, third, floor, step
-        )
-        step = tl.minimum(step * 2, 1 << 28)
-    return low, high, at_low, at_high, low_3, high_3, at_low_3, at_high_3
 
 
 @triton.jit
@@ -175,10 +128,13 @@ def mark_tied(
 
 @triton.jit
 def mark(
-    keys_ptr, list_ptr, listed, place, key, words_ptr, max_words, bounds, k, third,
+    keys_ptr, list_ptr, listed, place, key, words_ptr, max_words, bounds, k, third, floor, size, ascending,
     LIST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Set the bits of the k best, and of the best third, of the list whose first part is given."""
+    """Set the bits of the k best, and of the best third, of the list whose first part is given.
+
+    ascending: that list is the one in memory; else it is made only where the oldest of equals are wanted.
+    """
     low, high, at_low, at_high, low_3, high_3, at_low_3, at_high_3 = bounds
     # so many of the keys from `low` up to `high` are in: none of them where all from `high` on are enough
     high, some = tl.where(at_low == k, low, high), tl.where(at_low == k, 0, k - at_high)
@@ -190,6 +146,9 @@ def mark(
         set_bits(words_ptr, max_words, place, key >= high, key >= high_3)
         place, key = load_listed(keys_ptr, list_ptr, start + LIST + tl.arange(0, LIST), listed)
     if (some > 0) | (some_3 > 0):
+        if not ascending:
+            listed = list_above(keys_ptr, list_ptr, words_ptr, floor, size, max_words, TILE, False)
+            tl.debug_barrier()  # every thread sees the list
         mark_tied(
             keys_ptr, list_ptr, listed, words_ptr, max_words, low, high, some, low_3, high_3, some_3, TILE
         )
@@ -225,29 +184,10 @@ def emit(chosen_ptr, seeds_ptr, out_ptr, size, window, radius, room, WORDS: tl.c
 
 
 @triton.jit
-def select_row(
-    keys_ptr,  # [size] by `address`, bits of the importances; -1 up to the end of the block
-    list_ptr,  # [size], scratch
-    words_ptr,  # [2, max_words], scratch: bits of the k best and of the best third
-    idx_ptr,  # [capacity]
-    count_ptr,  # one
-    mean,  # importance
-    k,
-    radius,
-    first,
-    sinks,
-    window,
-    size,
-    end,
-    max_words,
-    capacity,
-    SAMPLE: tl.constexpr,
-    LIST: tl.constexpr,
-    WORDS: tl.constexpr,
-    EMIT: tl.constexpr,
-):
-    """Write the sinks, the `k` best middle positions, neighbours of the best third, and the local ones."""
-    third = k // 3
+def list_afresh(
+    keys_ptr, list_ptr, words_ptr, mean, k, size, max_words, SAMPLE: tl.constexpr, WORDS: tl.constexpr
+):  # fmt: skip
+    """List at least `k` best positions, ascending, from a value that a sample gives: how many, from where."""
     stride = tl.cdiv(size, SAMPLE)
     sample = sample_row(keys_ptr, size, stride, SAMPLE)
     expected = k.to(tl.float32) / stride
@@ -257,20 +197,128 @@ def select_row(
     while (listed < k) & (floor > 0):  # from 0 on there are enough, unless they are no numbers
         wanted = tl.ceil(expected + margin).to(tl.int32)
         floor = bound(sample, wanted, wanted // 8, guess)
-        listed = list_above(keys_ptr, list_ptr, words_ptr, floor, size, max_words, WORDS)
+        listed = list_above(keys_ptr, list_ptr, words_ptr, floor, size, max_words, WORDS, True)
         margin = 4.0 * margin + 4.0
         tl.debug_barrier()  # every thread sees the list
-    place, keys = load_listed(keys_ptr, list_ptr, tl.arange(0, LIST), listed)
-    bounds = thresholds(keys_ptr, list_ptr, listed, keys, k, third, floor, LIST)
-    mark(keys_ptr, list_ptr, listed, place, keys, words_ptr, max_words, bounds, k, third, LIST, WORDS)
+    return listed, floor
+
+
+@triton.jit
+def count_bins(keys_ptr, list_ptr, listed, keys, floor, bins_ptr, LIST: tl.constexpr, BINS: tl.constexpr):
+    """Keys of a list per bin, `[BINS]`; the bins in memory are zero before, for all threads, and after."""
+    bins_ptrs = tl.max_contiguous(bins_ptr + tl.arange(0, BINS), 1)
+    for start in range(0, listed, LIST):
+        order = start + tl.arange(0, LIST)
+        tl.atomic_add(bins_ptr + bin_of(keys, floor, BINS), 1, mask=order < listed, sem="relaxed")
+        _, keys = load_listed(keys_ptr, list_ptr, order + LIST, listed)
+    tl.debug_barrier()  # every thread sees what others counted
+    counts = tl.load(bins_ptrs, cache_modifier=".cg")  # the cache of this SM may hold those of before
+    tl.debug_barrier()
+    tl.store(bins_ptrs, 0)
+    return counts
+
+
+@triton.jit
+def read_likely(likely_ptr, tally_ptr, room, max_list, LIST: tl.constexpr, BINS: tl.constexpr):
+    """What those who weighed have listed and counted: how many, `[LIST]` positions and keys, `[BINS]` counts.
+
+    The tally is zero again behind it, for all threads after a barrier.
+    """
+    order = tl.arange(0, LIST)
+    # all under way at the same time, and no vectors in a thread (alignment denied): whatever follows would
+    # have to change between the two
+    likely_ptrs = tl.max_contiguous(likely_ptr + order, 1)
+    bins_ptrs = tl.max_contiguous(tally_ptr + BINS_AT + tl.arange(0, BINS), 1)
+    listed, counts = tl.load(tally_ptr + 1), tl.load(bins_ptrs)
+    place = tl.load(likely_ptrs, mask=order < room, other=0)
+    keys = tl.load(likely_ptrs + max_list, mask=order < room, other=-1)
+    tl.debug_barrier()  # every thread knows how many there are
+    tl.store(tally_ptr + 1, 0)
+    tl.store(bins_ptrs, 0)
+    return listed, place, tl.where(order < listed, keys, -1), counts
+
+
+@triton.jit
+def search_row(
+    keys_ptr, list_ptr, likely_ptr, words_ptr, tally_ptr, guess_ptr, mean, floor, k, third, size, max_words,
+    max_list, room, SAMPLE: tl.constexpr, LIST: tl.constexpr, WORDS: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Find a list of the best, counted by bins, and the thresholds on it; note from where to list next time.
+
+    How many are listed, the first of them and their keys, from where, whether they ascend, and the bounds.
+    """
+    listed, place, afresh = -1 + 0 * k, tl.arange(0, LIST), floor <= 0
+    keys, counts = 0 * place, tl.zeros([BINS], tl.int32)
+    if floor > 0:
+        listed, place, keys, counts = read_likely(likely_ptr, tally_ptr, room, max_list, LIST, BINS)
+        afresh = (listed < k) | (listed > room)
+    if afresh:
+        listed, floor = list_afresh(
+            keys_ptr, list_ptr, words_ptr, mean, k, size, max_words, SAMPLE, WORDS
+        )  # fmt: skip
+        place, keys = load_listed(keys_ptr, list_ptr, tl.arange(0, LIST), listed)
+        counts = count_bins(keys_ptr, list_ptr, listed, keys, floor, tally_ptr + BINS_AT, LIST, BINS)
+    # next time the k best may just as well be missing as the list be full
+    aim = tl.sqrt(k.to(tl.float32) * room).to(tl.int32)
+    one, other, guess = read_bins(counts, k, third, floor, listed, aim, LIST, BINS)
+    tl.store(guess_ptr, guess)
+    bounds = thresholds(keys_ptr, list_ptr, listed, keys, k, third, floor, one, other, LIST)
+    return listed, place, keys, floor, afresh, bounds
+
+
+@triton.jit
+def select_row(
+    keys_ptr,  # [size] by `address`, bits of the importances; -1 up to the end of the block
+    list_ptr,  # [size], scratch
+    likely_ptr,  # [2, max_list], positions and keys from `floor` on, in any order
+    words_ptr,  # [2, max_words], scratch: bits of the k best and of the best third; zeros for a `floor`
+    tally_ptr,  # [BINS_AT + BINS], how many are likely at 1, per bin behind; zeros after
+    guess_ptr,  # one
+    idx_ptr,  # [capacity]
+    count_ptr,  # one
+    mean,  # importance
+    floor,  # from which bits on positions were listed while they were weighed; 0 for not
+    k,
+    radius,
+    first,
+    sinks,
+    window,
+    size,
+    end,
+    max_words,
+    max_list,
+    room,
+    capacity,
+    SAMPLE: tl.constexpr,
+    LIST: tl.constexpr,
+    WORDS: tl.constexpr,
+    EMIT: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """Write the sinks, the `k` best middle positions, neighbours of the best third, and the local ones."""
+    third = k // 3
+    if BINS > 0:
+        listed, place, keys, floor, ascending, bounds = search_row(
+            keys_ptr, list_ptr, likely_ptr, words_ptr, tally_ptr, guess_ptr, mean, floor, k, third, size,
+            max_words, max_list, room, SAMPLE, LIST, WORDS, BINS,
+        )  # fmt: skip
+    else:
+        listed, floor = list_afresh(keys_ptr, list_ptr, words_ptr, mean, k, size, max_words, SAMPLE, WORDS)
+        place, keys = load_listed(keys_ptr, list_ptr, tl.arange(0, LIST), listed)
+        whole, ascending = whole_range(listed, floor), True
+        bounds = thresholds(keys_ptr, list_ptr, listed, keys, k, third, floor, whole, whole, LIST)
+    mark(
+        keys_ptr, list_ptr, listed, place, keys, words_ptr, max_words, bounds, k, third, floor, size,
+        ascending, LIST, WORDS,
+    )  # fmt: skip
     for start in range(0, sinks, 128):
         at = start + tl.arange(0, 128)
         tl.store(idx_ptr + at, first + at, mask=at < tl.minimum(sinks, capacity))
     local = end - window - size
-    room = capacity - sinks - local  # the most recent positions are never the ones without room
+    space = capacity - sinks - local  # the most recent positions are never the ones without it
     tl.debug_barrier()  # every thread sees the bits that others set
-    kept = emit(words_ptr, words_ptr + max_words, idx_ptr + sinks, size, window, radius, room, EMIT)
-    kept = tl.maximum(tl.minimum(kept, room), 0)
+    kept = emit(words_ptr, words_ptr + max_words, idx_ptr + sinks, size, window, radius, space, EMIT)
+    kept = tl.maximum(tl.minimum(kept, space), 0)
     for start in range(0, local, 128):
         at = start + tl.arange(0, 128)
         slot = sinks + kept + at
