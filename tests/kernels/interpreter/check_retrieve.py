@@ -325,6 +325,19 @@ def test_no_guess_of_a_threshold_changes_a_set(
     assert not state.guess.any()
 
 
+@pytest.mark.parametrize("more", [37, LONG])
+def test_a_list_whose_positions_are_read_again(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of this length leave no registers for positions; made afresh, then listed while weighed."""
+    configured(monkeypatch, listed=1, list_len=8192)
+    query, keys = separated(1000, (2 * GROUP, 2), 64, torch.float32)
+    state, scratch = new_state(query, keys, 400), poisoned(keys, more)
+    spans = candidate_spans(torch.tensor([1000, 900]), torch.tensor([0, 17]), num_sinks=2).to(DEVICE)
+    budget = torch.tensor([[20, 30], [9, 25]], dtype=torch.int32, device=DEVICE)
+    for _ in range(2):
+        state = both(query, keys, spans, budget, rule(2, gate=0, dilation=2), state, scratch)
+    assert listed_afresh(scratch) == [more != LONG] * 4
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize(("length", "kept"), [(100, 6), (1500, 90)])
 def test_keys_that_are_no_numbers_spoil_their_own_head_only(

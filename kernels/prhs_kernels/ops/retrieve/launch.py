@@ -179,7 +179,7 @@ def choose_constants(group: int, max_len: int, config: ChooseConfig) -> dict[str
         "LIST": config.list_len,
         "WORDS": threads,  # one for each thread, whose 32 keys are then loaded at once
         "EMIT": (4 if max_len > 32768 else 2) * threads,  # words of a mask at once
-        "BINS": num_bins(max_len) if group <= 8 else 0,  # larger tiles of scores leave no registers for them
+        "BINS": num_bins(max_len),
         "LISTED": config.listed,
         "num_warps": config.num_warps,
     }

@@ -307,6 +307,12 @@ def select_row(
         place, keys = load_listed(keys_ptr, list_ptr, tl.arange(0, LIST), listed)
         whole, ascending = whole_range(listed, floor), True
         bounds = thresholds(keys_ptr, list_ptr, listed, keys, k, third, floor, whole, whole, LIST)
+    if LIST > 4096:  # registers of a search do not hold positions beside so many keys
+        source = list_ptr
+        if BINS > 0:
+            source = tl.where(ascending, list_ptr, likely_ptr)
+        order = tl.arange(0, LIST)
+        place = tl.load(tl.max_contiguous(source + order, 1), mask=order < listed, other=0)
     mark(
         keys_ptr, list_ptr, listed, place, keys, words_ptr, max_words, bounds, k, third, floor, size,
         ascending, LIST, WORDS,
