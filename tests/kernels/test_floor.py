@@ -43,7 +43,7 @@ def test_floors_are_bytes_and_stages() -> None:
     found = step_floor(C_1024, batch=16, kv_len=32768, retrieval_ratio=1 / 8, **H200)
     rows = 32 * 16 * 8
     dense = 512 * rows * 32768 / 4.3e12
-    sparse = rows * (516 * 1024 + 32768 / 8 * (256 + 4 * 8)) / 4.3e12
+    sparse = rows * (516 * 1024 + 32768 / 8 * (256 + 4 * 12)) / 4.3e12
     assert found.dense == pytest.approx(dense + 32 * DENSE_LAUNCHES * SECONDS_PER_LAUNCH)
     assert found.sparse == pytest.approx(sparse + 32 * (SHARING_SECONDS + CHOOSING_SECONDS))
     assert found.dense > 5 * found.sparse
@@ -73,16 +73,13 @@ def test_where_sparse_attention_gains(batch: int, kv_len: int, gains: bool) -> N
 
 
 def measured_layers() -> list[Any]:
-    """Layers on an H200: what, parameters, rows, kept, positions, ρ, whether in blocks, µs.
-
-    Those that a process beside them slowed down are left out.
-    """
-    path = Path(__file__).parents[2] / "docs" / "benchmarks" / "h200-operators-blocks.json"
+    """Layers on an H200: what, parameters, rows, kept, positions, ρ, whether in blocks, µs."""
+    path = Path(__file__).parents[2] / "docs" / "benchmarks" / "h200-operators.json"
     cases = []
     for row in json.loads(path.read_text())["data"]["rows"]:
         times, problem, name = row["timing"], row["problem"], row["case"]
         found = re.fullmatch(r"layer, ρ = ([\d.]+)(, in blocks of \d+)?(, int4 keys)?", name)
-        if found is None or times["p80"] > 1.06 * times["p20"]:
+        if found is None:
             continue
         config = tiny_config(
             "llama",
@@ -99,14 +96,14 @@ def measured_layers() -> list[Any]:
 
 def test_layers_take_what_was_measured() -> None:
     cases = measured_layers()
-    assert len(cases) >= 12
+    assert len(cases) == 28
     for name, params, rows, kept, positions, share, block, measured in cases:
         sizes: dict[str, Any] = {"rows": rows, "kept": kept, "itemsize": 2, "bandwidth": 4.25e12}
         expected = sparse_layer_seconds(params, scanned=0 if block else share * positions, **sizes)
         if block:  # all rows in the first step of a block, none in the others
             everyone = sparse_layer_seconds(params, scanned=positions, **sizes)
             expected += share * (everyone - expected)
-        assert expected == pytest.approx(1e-6 * measured, rel=0.20 if positions < 4096 else 0.08), name
+        assert expected == pytest.approx(1e-6 * measured, rel=0.20 if positions < 16384 else 0.06), name
 
 
 def test_dense_parameters_never_gain_and_windows_do() -> None:
@@ -127,8 +124,9 @@ def test_generation_falls_back_only_when_allowed_and_says_so(monkeypatch: pytest
     monkeypatch.setattr(decode, "memory_bandwidth", lambda _: 1e3)  # bytes are all that counts
     list(generate_tokens(model, prompts, params, run=runs[2], dense_fallback=True, **settings))
     assert [run.attention for run in runs] == ["sparse", "dense", "sparse"]
-    assert [len(run.notes) for run in runs] == [0, 1, 0]
-    assert "at batch 1 and 43 positions" in runs[1].notes[0]
+    said = [[note for note in run.notes if note.startswith("dense attention")] for run in runs]
+    assert [len(notes) for notes in said] == [0, 1, 0]
+    assert "at batch 1 and 43 positions" in said[1][0]
     assert runs[1].stats.attended_fraction == 1.0 > runs[0].stats.attended_fraction
 
 
