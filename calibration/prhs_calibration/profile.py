@@ -95,7 +95,10 @@ def closed_loop(
     report(len(prompts), len(prompts))
     losses, reused = zip(*distributed.combined(mine), strict=True)
     if may_reuse and not any(reused):
-        raise InputError("no decode step reused a set, so sharing was not tested; use longer prompts")
+        raise InputError(
+            "no decode step reused a set, so sharing was not tested; use longer prompts, or leave the time "
+            "axis out (--axes depth,layer)"
+        )
     return np.stack(losses, axis=1)
 
 

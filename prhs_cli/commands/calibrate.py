@@ -156,18 +156,21 @@ def _render(path: Path, summary: dict[str, Any]) -> list[Any]:
         **axes,
         "retrievals scan": _scan(summary),
         "heads that share sets": f"{summary['heads_that_share']} of {summary['heads']}",
-        "KV bytes read / dense": f"{summary['predicted_cost']:.4g} predicted, scans included",
+        "KV bytes read / dense": f"{summary['predicted_cost']:.4g} predicted at the operating point, "
+        "scans included",
     }
     return [pairs(facts), f"wrote {path}"]
 
 
 def _scan(summary: dict[str, Any]) -> str:
-    """The kind of key copy in use, and what was predicted for every kind compared."""
+    """The kind of key copy in use, and what was predicted for every kind compared, where the fit is at δ."""
     compared = ", ".join(
         f"{found['kind']} {found['predicted_cost']:.4g} (recall {found['recall']:.3f})"
         for found in summary["key_copies"]
     )
-    return f"{summary['key_copy']} keys" + (f"; KV bytes predicted: {compared}" if compared else "")
+    return f"{summary['key_copy']} keys" + (
+        f"; KV bytes predicted by the fit: {compared}" if compared else ""
+    )
 
 
 def _axis(found: dict[str, Any]) -> str:
