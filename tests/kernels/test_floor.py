@@ -126,6 +126,7 @@ def test_generation_falls_back_only_when_allowed_and_says_so(monkeypatch: pytest
     assert [run.attention for run in runs] == ["sparse", "dense", "sparse"]
     said = [[note for note in run.notes if note.startswith("dense attention")] for run in runs]
     assert [len(notes) for notes in said] == [0, 1, 0]
+    assert [len(run.notes) for run in runs] == [1, 2, 1], "besides, that nothing is released"
     assert "at batch 1 and 43 positions" in said[1][0]
     assert runs[1].stats.attended_fraction == 1.0 > runs[0].stats.attended_fraction
 

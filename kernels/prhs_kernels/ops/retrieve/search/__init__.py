@@ -1,1 +1,1 @@
-"""The index set of a row from the importance of its positions."""
+"""Exact thresholds of a row's best positions."""

@@ -1,0 +1,1 @@
+"""Bit masks of a row's positions."""
